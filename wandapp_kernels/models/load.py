@@ -1,0 +1,261 @@
+"""Loading a causal language model: from a local folder, from the model hub, or one that ships inside a package."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from wandapp_kernels.errors import ModelError, UsageError
+from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece*.model")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `load_model` returns.
+
+    `model` is in eval mode on the CPU; `tokenizer` is None where the folder has none or none was asked for; `name` is
+    what the user gave; `folder` holds the files (None for a model of the hub).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    folder: Path | None
+
+
+def load_model(
+    name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None, tokenizer: bool = True
+) -> LoadedModel:
+    """Load a decoder-only language model from safetensors, refusing whatever would not be the model it claims to be.
+
+    `name` is looked up in this order: a bundled model (`BUNDLED`), a local folder, an id of the model hub. Code that
+    comes with a checkpoint is never run and pickled weights are never read.
+
+    Args:
+        name: "smollm2-135m", "path/to/folder", "organisation/model".
+        dtype: "auto" keeps the checkpoint's type; otherwise float16, bfloat16, float32 or float64, by name or as a
+            torch.dtype.
+        revision: branch, tag or commit of a hub model.
+        tokenizer: whether to load the tokenizer too.
+
+    Raises:
+        UsageError: `name` is empty, `dtype` is not one of the above, or `revision` is given for a local model.
+        ModelError: the model is absent, unreachable, incomplete, unreadable, quantised, an adapter, an encoder or an
+            encoder-decoder.
+    """
+    if not name.strip():
+        raise UsageError(f"the model's name is empty; {_choices()}")
+    wanted = _torch_dtype(dtype)
+    folder = _local_folder(name)
+    if folder is not None and revision is not None:
+        raise UsageError(f"a revision is only meaningful for a model of the hub, but {name} is on this machine")
+    # transformers gets the files' place only, so that a folder can never lead to a download.
+    source = name if folder is None else str(folder)
+    where: dict[str, Any] = {"trust_remote_code": False}
+    where |= {"revision": revision} if folder is None else {"local_files_only": True}
+
+    with quiet_transformers(progress=folder is None):
+        config = _config(name, source, folder, where)
+        _require_decoder_only(name, config)
+        _require_unquantised(name, config)
+        if folder is not None:
+            _require_weights(name, folder, config)
+        model = _model(name, source, folder, config, wanted, where)
+        words = _tokenizer(name, source, folder, where) if tokenizer else None
+    return LoadedModel(model.eval(), words, name, folder)
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto":
+        return "auto"
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in _DTYPES.values():
+        raise UsageError(f"dtype {dtype} is not a type to load weights in; choose auto, {', '.join(_DTYPES)}")
+    return chosen
+
+
+def _choices() -> str:
+    return f"give a local folder, an id of the model hub, or a bundled model ({', '.join(BUNDLED)})"
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of a bundled or local model; None when `name` can only be a hub id."""
+    if name in BUNDLED:
+        return bundled_folder(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{name} is a file, not a model folder; {_choices()}")
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise ModelError(f"there is no folder {name}; {_choices()}")
+    return None
+
+
+def _config(name: str, source: str, folder: Path | None, where: dict[str, Any]) -> PreTrainedConfig:
+    if folder is not None:
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{name} holds an adapter; merge it into its base model and save that first")
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"the folder {name} has no config.json, so it is no Hugging Face model; {_choices()}")
+    try:
+        return AutoConfig.from_pretrained(source, **where)
+    # Anything can go wrong in a file written by others: wrong types, unknown model types, missing keys, no network.
+    except Exception as error:
+        if folder is None:
+            raise ModelError(
+                f"{name} is not on this machine and was not found on the model hub, or the hub cannot be reached "
+                f"({_first_line(error)}); give a local folder or a bundled model ({', '.join(BUNDLED)})"
+            ) from error
+        raise ModelError(f"the config.json of {name} cannot be used: {_first_line(error)}") from error
+
+
+def _require_decoder_only(name: str, config: PreTrainedConfig) -> None:
+    # A family with a masked-language-model head (BERT and its kin) attends in both directions unless told otherwise.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
+        raise ModelError(
+            f"{name} (model type {config.model_type}) is {kind}; only decoder-only causal language models can be pruned"
+        )
+
+
+def _require_unquantised(name: str, config: PreTrainedConfig) -> None:
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in ("quantization_config", "compression_config"):
+            settings = getattr(part, key, None)
+            if settings:
+                method = settings.get("quant_method") if isinstance(settings, dict) else None
+                raise ModelError(
+                    f"{name} is already quantised ({method or key}); dequantise it first, or prune the original"
+                )
+
+
+def _require_weights(name: str, folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a folder without safetensors, and an index that leads out of it."""
+    named = getattr(config, "transformers_weights", None)
+    candidates = [named] if isinstance(named, str) else [_WEIGHTS, _INDEX]
+    weights = next((folder / file for file in candidates if (folder / file).is_file()), None)
+    if weights is None:
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{name} has its weights in {pickled[0]}, a pickle that can run code when it is read; convert it with "
+                "save_pretrained, which writes safetensors"
+            )
+        raise ModelError(f"the folder {name} has no {' or '.join(candidates)}; get the model's weights first")
+    if weights.name.endswith(".index.json"):
+        _check_index(name, folder, weights)
+
+
+def _check_index(name: str, folder: Path, index: Path) -> None:
+    try:
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        odd = [shard for shard in shards if not (isinstance(shard, str) and shard.endswith(".safetensors"))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index.name} of {name} is not a readable index of weights; get the file again") from error
+    if odd or not shards:
+        raise ModelError(f"{index.name} of {name} must name safetensors files only, not {odd[0] if odd else 'nothing'}")
+    inside = folder.resolve()
+    allowed = [inside]
+    # The hub's cache stores files under blobs and links to them from snapshots/<commit>.
+    if inside.parent.name == "snapshots":
+        allowed.append(inside.parent.parent / "blobs")
+    for shard in sorted(shards):
+        target = (folder / shard).resolve()
+        lexical = Path(shard).is_absolute() or ".." in Path(shard).parts
+        if lexical or not any(target.is_relative_to(root) for root in allowed):
+            raise ModelError(f"{index.name} of {name} points outside the folder ({shard}); refused")
+        if not target.is_file():
+            raise ModelError(f"{index.name} of {name} names {shard}, which is missing; get the file")
+
+
+def _model(
+    name: str,
+    source: str,
+    folder: Path | None,
+    config: PreTrainedConfig,
+    dtype: str | torch.dtype,
+    where: dict[str, Any],
+) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            # Reported below with the names of the weights instead of transformers' multi-line error.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **where,
+        )
+    except Exception as error:
+        advice = "check the folder's files" if folder is not None else "check the connection and the model's page"
+        raise ModelError(f"{name} cannot be loaded ({_first_line(error)}); {advice}") from error
+    model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{name} holds an adapter; merge it into its base model and save that first")
+    # transformers fills what is missing or has another shape with random numbers and goes on.
+    if report["missing_keys"]:
+        raise ModelError(
+            f"the checkpoint {name} lacks {_listed(sorted(report['missing_keys']))}; get the complete checkpoint"
+        )
+    if report["mismatched_keys"]:
+        key, found, expected = min(report["mismatched_keys"])
+        raise ModelError(
+            f"the weight {key} of {name} has shape {tuple(found)} where its config.json asks for {tuple(expected)}; "
+            "get matching files"
+        )
+    if report["unexpected_keys"]:
+        warnings.warn(
+            f"the model does not use {_listed(sorted(report['unexpected_keys']))} of the checkpoint {name}",
+            stacklevel=3,
+        )
+    return model
+
+
+def _tokenizer(name: str, source: str, folder: Path | None, where: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    if folder is not None and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, **where)
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer of {name} cannot be loaded ({_first_line(error)}); put the right files beside the model"
+        ) from error
+
+
+def _listed(keys: Sequence[str]) -> str:
+    shown = ", ".join(keys[:3])
+    return f"{len(keys)} weight{'s'[: len(keys) > 1]} ({shown}{', ...' if len(keys) > 3 else ''})"
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error of a library, as a part of a sentence."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip().rstrip(".:;") if lines else "") or type(error).__name__
