@@ -1,0 +1,86 @@
+"""The Python face: load, prune, evaluate, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wandapp_kernels.checkpoint.save import save_pruned
+from wandapp_kernels.data.calibration import TokenSet
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.evaluation.perplexity import evaluate
+from wandapp_kernels.models.load import LoadedModel
+from wandapp_kernels.models.load import load_model as load
+from wandapp_kernels.pruning.methods import build_settings
+from wandapp_kernels.pruning.reports import PruneReport
+from wandapp_kernels.pruning.walk import Progress, prune_blocks
+from wandapp_kernels.sparsity import Pattern
+
+__all__ = ["LoadedModel", "evaluate", "load", "prune", "save"]
+
+
+def prune(
+    model: nn.Module,
+    calibration: torch.Tensor | TokenSet,
+    method: str = "wanda++",
+    sparsity: str | float | Pattern = "2:4",
+    *,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    device: str | torch.device | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    **changes: Any,
+) -> PruneReport:
+    """Prune a loaded decoder-only language model in place, block by block.
+
+    Args:
+        model: a Hugging Face causal language model; only the Linears of its decoder blocks are pruned.
+        calibration: int64 ``[samples, tokens]``, or what ``calibration_tokens`` returns.
+        method: a row of ``wandapp_kernels.pruning.methods.METHODS``.
+        sparsity: ``"2:4"``, ``"4:8"``, any n:m (n of m kept) with m <= 16, or the fraction to remove of every row.
+        seed: of the samples that the regional optimiser draws.
+        ignore: modules that stay dense: full names, suffixes such as ``down_proj``, or ``re:`` patterns.
+        device: where a block is worked on; CUDA when there is one, else the CPU.
+        progress: called with a ``Progress`` after each step.
+        changes: to the method, see ``build_settings``: ``score``, ``update``, ``regional_optimizer``, ``preset``,
+            ``optimizer={...}``, ``alpha``, ``x_norm``, ``recompute_gradient``, ``sequential``.
+
+    Returns:
+        What was done to every layer, and what it cost.
+
+    Raises:
+        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape or range.
+        ModelError: no decoder blocks, or a layout that is not understood.
+        NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
+    """
+    ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
+    settings = build_settings(method, sparsity, seed=seed, ignore=tuple(ignore), **changes)
+    _check_tokens(model, ids)
+    where = None if device is None else torch.device(device)
+    return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
+
+
+def save(
+    model: nn.Module, tokenizer: Any, folder: str | Path, report: PruneReport | None = None, *, force: bool = False
+) -> None:
+    """Write model, tokenizer and report to ``folder``: complete or not at all, zeros stored dense.
+
+    Raises:
+        CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
+    """
+    save_pruned(model, tokenizer, Path(folder), report.to_dict() if report else {}, force=force)
+
+
+def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
+    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
+    vocabulary = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else None
+    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise UsageError(
+            f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
+            f"{vocabulary}; use the model's own tokenizer"
+        )

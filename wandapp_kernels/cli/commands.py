@@ -1,0 +1,201 @@
+"""What each subcommand does."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+import torch
+
+from wandapp_kernels import api
+from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
+from wandapp_kernels.checkpoint.inspect import inspect_folder
+from wandapp_kernels.checkpoint.save import save_pruned, to_json
+from wandapp_kernels.cli.arguments import changes
+from wandapp_kernels.cli.bars import ProgressDisplay
+from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evaluation_tokens
+from wandapp_kernels.errors import ModelError, UsageError
+from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_texts
+from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, context_length
+from wandapp_kernels.models.bundled import quiet_transformers
+from wandapp_kernels.models.load import LoadedModel, load_model
+from wandapp_kernels.pruning.methods import build_settings
+from wandapp_kernels.pruning.walk import device_name, versions
+from wandapp_kernels.report.page import write_report
+from wandapp_kernels.report.tables import (
+    comparison_table,
+    format_inspection,
+    human_bytes,
+    human_seconds,
+    number,
+    percent,
+)
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """``wandapp prune MODEL --out DIR``"""
+    check_target(arguments.out, arguments.force)
+    build_settings(
+        arguments.method, arguments.sparsity, **changes(arguments)
+    )  # wrong usage shows before the model loads
+    device = _device(arguments)
+    loaded = _load(arguments)
+    tokens = _calibration(arguments, loaded)
+    display = ProgressDisplay(arguments.quiet)
+    report = api.prune(
+        loaded.model,
+        tokens,
+        arguments.method,
+        arguments.sparsity,
+        seed=arguments.seed,
+        ignore=arguments.ignore,
+        device=device,
+        progress=lambda where: display(arguments.method, where),
+        **changes(arguments),
+    )
+    display.close()
+    recorded = {**report.to_dict(), "model": arguments.model, "calibration": tokens.source, "command": _command_line()}
+    with quiet_transformers():
+        save_pruned(loaded.model, loaded.tokenizer, arguments.out, recorded, force=arguments.force)
+    if arguments.json:
+        write_text_atomic(arguments.json, to_json(recorded))
+    for warning in report.warnings:
+        display.line(f"warning: {warning}")
+    print(
+        f"{arguments.out}: {report.method} {report.sparsity}, {percent(report.achieved_sparsity)} of the block "
+        f"Linears' weights are zero, {human_seconds(report.seconds)}, "
+        f"peak memory {human_bytes(report.peak_memory_bytes)}"
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """``wandapp eval MODEL``"""
+    device = _device(arguments)
+    loaded = _load(arguments)
+    seqlen = _window(arguments.seqlen, loaded)
+    texts = _texts(arguments.text, loaded, arguments.split, arguments.tokens)
+    loaded.model.to(device)
+    measured = score_texts(loaded, texts, seqlen)
+    for result in measured:
+        print(
+            f"{result.source} ({result.split}): perplexity {number(result.value)} over {result.tokens} tokens "
+            f"in windows of {result.seqlen}, text {result.text_hash}"
+        )
+    if arguments.json:
+        texts_found = [
+            {
+                "text": m.source,
+                "split": m.split,
+                "perplexity": m.value,
+                "tokens": m.tokens,
+                "seqlen": m.seqlen,
+                "text_hash": m.text_hash,
+            }
+            for m in measured
+        ]
+        found = {
+            "model": arguments.model,
+            "perplexity": measured[0].value,
+            "texts": texts_found,
+            "versions": versions(),
+            "device": device_name(device),
+        }
+        write_text_atomic(arguments.json, to_json(found))
+
+
+def compare_methods(arguments: argparse.Namespace) -> None:
+    """``wandapp compare MODEL --methods …``"""
+    if arguments.out:
+        check_target(arguments.out, arguments.force)
+    methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
+    if not methods:
+        raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
+    for method in methods:
+        build_settings(method, arguments.sparsity, **changes(arguments))
+    device = _device(arguments)
+    loaded = _load(arguments)
+    tokens = _calibration(arguments, loaded)
+    texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
+    seqlen = _window(arguments.eval_seqlen, loaded)
+    del loaded
+    display = ProgressDisplay(arguments.quiet)
+    report = compare(
+        lambda: _load(arguments),
+        methods,
+        arguments.sparsity,
+        tokens,
+        texts,
+        eval_seqlen=seqlen,
+        seed=arguments.seed,
+        device=device,
+        progress=display,
+        done=lambda name, value, seconds: display.line(
+            f"{name}: perplexity {number(value)}" + (f", pruned in {human_seconds(seconds)}" if seconds else "")
+        ),
+        ignore=tuple(arguments.ignore),
+        **changes(arguments),
+    )
+    display.close()
+    report["command"] = _command_line()
+    print(comparison_table(report))
+    if arguments.out:
+        write_report(report, arguments.out, force=arguments.force)
+        print(f"\nreport: {arguments.out / 'report.html'}")
+    if arguments.json:
+        write_text_atomic(arguments.json, to_json(report))
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """``wandapp inspect DIR``"""
+    found = inspect_folder(arguments.folder)
+    print(format_inspection(found, every_layer=arguments.layers))
+    if arguments.json:
+        write_text_atomic(arguments.json, to_json(found))
+
+
+def _load(arguments: argparse.Namespace) -> LoadedModel:
+    loaded = load_model(arguments.model, dtype=arguments.dtype, revision=arguments.revision)
+    if loaded.tokenizer is None:
+        raise ModelError(f"{arguments.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    return loaded
+
+
+def _device(arguments: argparse.Namespace) -> torch.device:
+    if arguments.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError as error:
+        raise UsageError(f"device {arguments.device!r} is unknown; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {arguments.device!r} cannot be used: torch finds no GPU; use --device cpu")
+    return device
+
+
+def _calibration(arguments: argparse.Namespace, loaded: LoadedModel) -> TokenSet:
+    seqlen = _window(arguments.seqlen, loaded)
+    return calibration_tokens(
+        loaded.tokenizer, arguments.calibration, samples=arguments.samples, seqlen=seqlen, seed=arguments.seed
+    )
+
+
+def _window(asked: int | None, loaded: LoadedModel) -> int:
+    context = context_length(loaded.model)
+    if asked is None:
+        return min(context or DEFAULT_SEQLEN, DEFAULT_SEQLEN)
+    if asked < 2 or (context is not None and asked > context):
+        raise UsageError(f"--seqlen {asked} is outside 2 to {context}, the context of {loaded.name}")
+    return asked
+
+
+def _texts(names: str, loaded: LoadedModel, split: Any, tokens: int) -> list[EvaluationText]:
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if not chosen:
+        raise UsageError("--text is empty; name at least one, such as wiki")
+    return [EvaluationText(name, split, evaluation_tokens(loaded.tokenizer, name, split, tokens)[0]) for name in chosen]
+
+
+def _command_line() -> str:
+    return shlex.join(["wandapp", *sys.argv[1:]])

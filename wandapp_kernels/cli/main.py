@@ -1,0 +1,44 @@
+"""Entry point and exit codes: 0 done, 1 failed with one sentence, 2 wrong usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from wandapp_kernels.cli import commands
+from wandapp_kernels.cli.arguments import parser
+from wandapp_kernels.errors import UsageError, WandappError
+
+_COMMANDS = {
+    "prune": commands.prune,
+    "eval": commands.evaluate,
+    "compare": commands.compare_methods,
+    "inspect": commands.inspect,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``wandapp`` with ``argv`` (default: the process's arguments) and return the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            _COMMANDS[arguments.command](arguments)
+        return 0
+    except KeyboardInterrupt:
+        print("wandapp: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"wandapp: {_sentence(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, WandappError):
+        return str(error)
+    text = " ".join(str(error).split()) or "no message"
+    return f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)"

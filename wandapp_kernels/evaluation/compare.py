@@ -1,0 +1,124 @@
+"""Compare pruning methods on one model: same calibration tokens, same evaluation tokens, one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from wandapp_kernels.data.calibration import TokenSet
+from wandapp_kernels.evaluation.perplexity import Perplexity, perplexity
+from wandapp_kernels.models.load import LoadedModel
+from wandapp_kernels.pruning.methods import build_settings
+from wandapp_kernels.pruning.reports import PruneReport
+from wandapp_kernels.pruning.walk import Progress, device_name, prune_blocks, versions
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Held-out tokens: ``ids`` is a 1-D int64 stream."""
+
+    name: str
+    split: str
+    ids: torch.Tensor
+
+
+def score_texts(loaded: LoadedModel, texts: Sequence[EvaluationText], seqlen: int) -> list[Perplexity]:
+    """Perplexity of the model on each text, in windows of ``seqlen`` tokens that start with BOS where there is one."""
+    bos = loaded.tokenizer.bos_token_id if loaded.tokenizer is not None else None
+    return [
+        perplexity(loaded.model, text.ids, seqlen=seqlen, bos_token_id=bos, source=text.name, split=text.split)
+        for text in texts
+    ]
+
+
+def compare(
+    load: Callable[[], LoadedModel],
+    methods: Sequence[str],
+    sparsity: str,
+    calibration: TokenSet,
+    texts: Sequence[EvaluationText],
+    *,
+    eval_seqlen: int,
+    seed: int = 0,
+    device: torch.device,
+    progress: Callable[[str, Progress], None] = lambda _method, _progress: None,
+    done: Callable[[str, float, float], None] = lambda _method, _perplexity, _seconds: None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Prune a freshly loaded model with every method and evaluate it.
+
+    Args:
+        load: gives the dense model anew; called once for the dense figures and once for each method, so that one model
+            is in memory at a time.
+        changes: to every method, see ``build_settings``.
+        progress: ``(method, where the walk is)``; done: ``(method, perplexity on the first text, pruning seconds)``.
+
+    Returns:
+        ``{"model", "dense": {"perplexity", "perplexities", "seconds"}, "methods": [{"method", "sparsity",
+        "achieved_sparsity", "perplexity", "perplexities", "seconds", "peak_memory_bytes", "settings",
+        "blocks", "warnings"}], "seed", "text_hash", "versions", "calibration", "evaluation", "device"}``.
+        ``perplexity`` is on the first text; ``seconds`` is the pruning alone.
+
+    Raises:
+        UsageError: before any work, when one of the methods is unknown.
+    """
+    settings = [build_settings(method, sparsity, seed=seed, **changes) for method in methods]
+    start = time.perf_counter()
+    dense = load()
+    dense.model.to(device)
+    measured = score_texts(dense, texts, eval_seqlen)
+    name = dense.name
+    result: dict[str, Any] = {
+        "model": name,
+        "dense": {**_figures(measured), "seconds": time.perf_counter() - start},
+        "methods": [],
+        "seed": seed,
+        "text_hash": calibration.text_hash,
+        "versions": versions(),
+        "device": device_name(device),
+        "calibration": {
+            "source": calibration.source,
+            "samples": calibration.ids.shape[0],
+            "seqlen": calibration.ids.shape[1],
+            "seed": calibration.seed,
+            "text_hash": calibration.text_hash,
+        },
+        "evaluation": {
+            "seqlen": eval_seqlen,
+            "texts": [
+                {"text": m.source, "split": m.split, "tokens": m.tokens, "text_hash": m.text_hash} for m in measured
+            ],
+        },
+    }
+    done("dense", measured[0].value, 0.0)
+    del dense
+    for chosen in settings:
+        loaded = load()
+        report = prune_blocks(
+            loaded.model,
+            calibration.ids,
+            chosen,
+            device=device,
+            progress=lambda where, method=chosen.method: progress(method, where),
+        )
+        loaded.model.to(device)
+        entry = _entry(report, score_texts(loaded, texts, eval_seqlen))
+        result["methods"].append(entry)
+        done(chosen.method, entry["perplexity"], report.seconds)
+        del loaded
+    return result
+
+
+def _figures(measured: Sequence[Perplexity]) -> dict[str, Any]:
+    return {"perplexity": measured[0].value, "perplexities": {m.source: m.value for m in measured}}
+
+
+def _entry(report: PruneReport, measured: Sequence[Perplexity]) -> dict[str, Any]:
+    recorded = asdict(report)
+    kept = ("method", "sparsity", "achieved_sparsity", "seconds", "peak_memory_bytes", "settings", "warnings")
+    blocks = [{key: value for key, value in block.items() if key != "layers"} for block in recorded["blocks"]]
+    return {**{key: recorded[key] for key in kept}, **_figures(measured), "blocks": blocks}

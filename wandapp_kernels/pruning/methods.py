@@ -1,0 +1,113 @@
+"""The table of methods: ``method = criterion × update × regional optimiser``. A new method is one row."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.pruning.criteria import CRITERIA
+from wandapp_kernels.pruning.settings import OptimizerSettings, PruneSettings
+from wandapp_kernels.pruning.updates import UPDATES
+from wandapp_kernels.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class Method:
+    """Attributes: the columns of the table, and where the method was published."""
+
+    criterion: str
+    source: str
+    update: str | None = None
+    optimizer: OptimizerSettings | None = None
+    group: str = "row"
+
+
+PAGE = OptimizerSettings()  # the Wanda++ page's loop: K = 5, M = 32, RMSprop, regrow; the rate relative to the weights
+
+BEST = OptimizerSettings(
+    rounds=4,
+    samples=0,
+    batch=4,
+    algorithm="adam",
+    relative_lr=1e-2,
+    schedule="linear",
+    mask="keep",
+    target="dense",
+)
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method("magnitude", "Han et al. 2015", group="layer"),
+    "wanda": Method("wanda", "arXiv 2306.11695"),
+    "ria": Method("ria", "ICLR 2024"),
+    "gblm": Method("gblm-l2", "arXiv 2311.04902"),
+    "gblm-l1": Method("gblm-l1", "arXiv 2311.04902"),
+    "pruner-zero": Method("pruner-zero", "ICML 2024"),
+    "sparsegpt": Method("obs", "arXiv 2301.00774", update="sparsegpt"),
+    "admm": Method("wanda", "arXiv 2401.02938", update="admm"),
+    "wanda++rgs": Method("rgs", "arXiv 2503.04992"),
+    "wanda++ro": Method("wanda", "arXiv 2503.04992", optimizer=PAGE),
+    "wanda++": Method("rgs", "arXiv 2503.04992", optimizer=PAGE),
+    "best": Method("obs", "docs/methods.md", update="sparsegpt", optimizer=BEST),
+}
+
+
+def build_settings(
+    method: str,
+    sparsity: str | float | Pattern,
+    *,
+    score: str | None = None,
+    update: str | None = None,
+    regional_optimizer: bool | None = None,
+    preset: str | None = None,
+    optimizer: dict[str, Any] | None = None,
+    **settings: Any,
+) -> PruneSettings:
+    """Turn a row of ``METHODS`` and what the user changed about it into settings.
+
+    Args:
+        score: another criterion; update: another update, ``"none"`` for no repair; regional_optimizer: on or off.
+        preset: ``"paper"`` sets the regional optimiser's rate to the paper's absolute 3e-7.
+        optimizer: fields of ``OptimizerSettings`` to change.
+        settings: fields of ``PruneSettings`` to change.
+
+    Raises:
+        UsageError: an unknown name, naming the known ones.
+    """
+    row = _lookup("method", METHODS, method)
+    criterion = score if score is not None else row.criterion
+    _lookup("score", CRITERIA, criterion)
+    repair = row.update if update is None else (None if update == "none" else update)
+    if repair is not None:
+        _lookup("update", UPDATES, repair)
+    chosen = row.optimizer
+    if regional_optimizer is False:
+        chosen = None
+    elif regional_optimizer and chosen is None:
+        chosen = PAGE
+    if preset not in (None, "paper"):
+        raise UsageError(f"preset {preset!r} is unknown; the only one is 'paper'")
+    changes = {"absolute_lr": 3e-7} if preset == "paper" else {}
+    changes.update(optimizer or {})
+    if changes:
+        if chosen is None:
+            raise UsageError(f"{', '.join(changes)} belong to the regional optimiser, which {method!r} does not use")
+        unknown = set(changes) - set(asdict(chosen))
+        if unknown:
+            raise UsageError(f"unknown optimizer settings: {', '.join(sorted(unknown))}")
+        chosen = replace(chosen, **changes)
+    return PruneSettings(
+        pattern=Pattern.parse(sparsity),
+        method=method,
+        criterion=criterion,
+        update=repair,
+        optimizer=chosen,
+        group=settings.pop("group", row.group),
+        **settings,
+    )
+
+
+def _lookup(kind: str, table: dict[str, Any], name: str) -> Any:
+    if name not in table:
+        raise UsageError(f"{kind} {name!r} is unknown; choose one of {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,213 @@
+"""The walk: prune a model block by block, holding one block and its activations.
+
+For every decoder block: capture inputs → collect statistics → score → mask → (update) → (regional optimiser) → write
+the block → feed its PRUNED output to the next block.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import transformers
+from torch import nn
+
+import wandapp_kernels
+from wandapp_kernels.data.calibration import token_hash
+from wandapp_kernels.errors import ModelError, NonFiniteError
+from wandapp_kernels.models.blocks import Decoder, find_decoder
+from wandapp_kernels.models.capture import BlockCalls, capture
+from wandapp_kernels.models.names import matches
+from wandapp_kernels.models.workspace import BlockWorkspace
+from wandapp_kernels.pruning.block import BlockPruner
+from wandapp_kernels.pruning.criteria import CRITERIA
+from wandapp_kernels.pruning.memory import PeakMemory
+from wandapp_kernels.pruning.model_gradients import ModelGradients
+from wandapp_kernels.pruning.reports import BlockReport, PruneReport
+from wandapp_kernels.pruning.settings import PruneSettings
+from wandapp_kernels.pruning.statistics import MODEL_GRADIENT_L1, MODEL_GRADIENT_L2, check_weights_finite
+from wandapp_kernels.pruning.stream import Stream, batches
+
+# Tokens of a forward-only pass; enough to keep the matrix products efficient, few enough for a laptop.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the walk is: ``stage`` is ``gradients`` or ``block``; ``loss`` the regional optimiser's, when there is
+    one."""
+
+    stage: str
+    done: int
+    total: int
+    loss: float | None = None
+
+
+def prune_blocks(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    settings: PruneSettings,
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> PruneReport:
+    """Prune ``model`` in place.
+
+    Args:
+        model: a decoder-only causal language model; its weights stay where they are, one block at a time is worked on.
+        token_ids: calibration tokens, int64 ``[samples, tokens]``.
+        device: where a block is worked on; CUDA when there is one, else the CPU.
+
+    Raises:
+        ModelError, NonFiniteError: see ``find_decoder`` and ``statistics``; the model is then partly pruned.
+    """
+    start = time.perf_counter()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = find_decoder(model)
+    memory = PeakMemory(device)
+    report = _empty_report(settings, token_ids, device)
+    gradients = _dense_gradients(model, decoder, token_ids, settings, device, progress)
+    calls = capture(model, decoder, token_ids)
+    walk = _Walk(decoder, calls, settings, device, memory, gradients)
+    report.peak_memory_bytes = memory.lap()
+    for index in range(len(decoder.blocks)):
+        block = walk.step(index)
+        report.blocks.append(block)
+        report.warnings += [f"{layer.name}: {layer.note}" for layer in block.layers if layer.note]
+        progress(Progress("block", index + 1, len(decoder.blocks), block.loss))
+    if not any(block.layers for block in report.blocks):
+        raise ModelError("no Linear was pruned: every one matches --ignore")
+    report.seconds = time.perf_counter() - start
+    report.summarise()
+    return report
+
+
+class _Walk:
+    """The state carried from block to block: the pruned stream, and the dense one when the optimiser aims at it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        calls: BlockCalls,
+        settings: PruneSettings,
+        device: torch.device,
+        memory: PeakMemory,
+        gradients: ModelGradients | None,
+    ):
+        self._decoder, self._calls, self._settings = decoder, calls, settings
+        self._device, self._memory, self._gradients = device, memory, gradients
+        self._pruned = Stream(calls.hidden, device)
+        wants_dense = settings.optimizer is not None and settings.optimizer.target == "dense"
+        self._dense = Stream(calls.hidden, device) if wants_dense else None
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        together = max(BATCH_TOKENS // self._pruned.tokens_per_sample, 1)
+        self._shared = calls.shared()
+        self._batch = together if self._shared else 1
+
+    def step(self, index: int) -> BlockReport:
+        """Prune block ``index`` and move the streams past it."""
+        start = time.perf_counter()
+        name = f"{self._decoder.name}.{index}"
+        workspace = BlockWorkspace(self._decoder.blocks[index], name, self._device)
+        linears = {n: linear for n, linear in workspace.linears.items() if not matches(n, self._settings.ignore)}
+        check_weights_finite(linears)
+
+        def forward(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+            if self._shared or len(samples) == 1:
+                return workspace.run(hidden, *self._calls.arguments(index, samples[0], len(samples)))
+            alone = zip(hidden.split(1), samples, strict=True)
+            return torch.cat([workspace.run(one, *self._calls.arguments(index, sample)) for one, sample in alone])
+
+        first = next(batches(len(self._pruned), self._batch))
+        with torch.no_grad():
+            reference = forward(self._pruned.batch(first), first)
+            if self._dense is not None:
+                self._advance(self._dense, forward, name)
+        pruner = BlockPruner(
+            workspace,
+            linears,
+            forward,
+            self._pruned,
+            self._batch,
+            self._settings,
+            self._gradients.of_block(index, self._device) if self._gradients else {},
+            self._generator,
+            self._memory,
+        )
+        if linears:
+            pruner.prune(self._dense)
+        workspace.write_back(pruner.extra)
+        workspace.reload()
+        layers = pruner.layer_reports() if linears else []
+        with torch.no_grad():
+            self._advance(self._pruned, forward, name)
+        difference = self._pruned.batch(first) - reference
+        peak = max([self._memory.lap(), *(layer.peak_memory_bytes for layer in layers)])
+        return BlockReport(
+            name=name,
+            output_error=float(difference.norm() / reference.norm().clamp_min(1e-30)),
+            loss=pruner.loss,
+            seconds=time.perf_counter() - start,
+            peak_memory_bytes=peak,
+            layers=layers,
+        )
+
+    def _advance(self, stream: Stream, forward: Callable, name: str) -> None:
+        for chosen in batches(len(stream), self._batch):
+            output = forward(stream.batch(chosen), chosen)
+            bad = output.numel() - int(torch.isfinite(output).sum())
+            if bad:
+                raise NonFiniteError(f"{bad} of {output.numel()} outputs of {name} are NaN or infinite")
+            stream.put(chosen, output)
+
+
+def _dense_gradients(
+    model: nn.Module,
+    decoder: Decoder,
+    token_ids: torch.Tensor,
+    settings: PruneSettings,
+    device: torch.device,
+    progress: Callable[[Progress], None],
+) -> ModelGradients | None:
+    norms = CRITERIA[settings.criterion].needs & {MODEL_GRADIENT_L1, MODEL_GRADIENT_L2}
+    if not norms:
+        return None
+    gradients = ModelGradients(decoder, norms)
+    gradients.collect(model, token_ids, device, lambda done, total: progress(Progress("gradients", done, total)))
+    return gradients
+
+
+def _empty_report(settings: PruneSettings, token_ids: torch.Tensor, device: torch.device) -> PruneReport:
+    recorded = asdict(settings)
+    recorded["pattern"] = str(settings.pattern)
+    return PruneReport(
+        method=settings.method,
+        sparsity=str(settings.pattern),
+        settings=recorded,
+        seed=settings.seed,
+        text_hash=token_hash(token_ids),
+        samples=token_ids.shape[0],
+        seqlen=token_ids.shape[1],
+        versions=versions(),
+        device=device_name(device),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide a result."""
+    return {
+        "wandapp_kernels": wandapp_kernels.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person would name it, with the threads that count on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
