@@ -9,10 +9,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/wandapp compare smollm2-135m --methods wanda,wanda++ --sparsity 2:4 --calibration wiki --samples 32 \
-	  --seqlen 128 --ro-samples 16 --text wiki --eval-tokens 8192 --eval-seqlen 512 --out runs/demo --force
-	$(BIN)/wandapp prune smollm2-135m --method wanda --sparsity 2:4 --samples 32 --seqlen 128 \
-	  --out runs/demo-model --force
-	$(BIN)/wandapp inspect runs/demo-model
+	  --seqlen 128 --ro-samples 16 --text wiki --eval-tokens 4096 --eval-seqlen 512 --out runs/demo --force
 
 test: $(READY)
 	$(BIN)/ruff check .

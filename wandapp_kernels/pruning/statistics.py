@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.pruning.precision import exact_products
 
 NORM = "norm"
 GRAM = "gram"
@@ -119,7 +120,8 @@ class InputRecorder:
             return
         if statistics.gram is None:
             statistics.gram = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        statistics.gram.addmm_(rows.T, rows)
+        with exact_products():
+            statistics.gram.addmm_(rows.T, rows)
         statistics.sum_squares = statistics.gram.diagonal()
 
     def _check_finite(self) -> None:

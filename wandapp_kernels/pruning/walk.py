@@ -26,6 +26,7 @@ from wandapp_kernels.pruning.block import BlockPruner
 from wandapp_kernels.pruning.criteria import CRITERIA
 from wandapp_kernels.pruning.memory import PeakMemory
 from wandapp_kernels.pruning.model_gradients import ModelGradients
+from wandapp_kernels.pruning.precision import fast_products
 from wandapp_kernels.pruning.reports import BlockReport, PruneReport
 from wandapp_kernels.pruning.settings import PruneSettings
 from wandapp_kernels.pruning.statistics import MODEL_GRADIENT_L1, MODEL_GRADIENT_L2, check_weights_finite
@@ -74,7 +75,8 @@ def prune_blocks(
     walk = _Walk(decoder, calls, settings, device, memory, gradients)
     report.peak_memory_bytes = memory.lap()
     for index in range(len(decoder.blocks)):
-        block = walk.step(index)
+        with fast_products(device):
+            block = walk.step(index)
         report.blocks.append(block)
         report.warnings += [f"{layer.name}: {layer.note}" for layer in block.layers if layer.note]
         progress(Progress("block", index + 1, len(decoder.blocks), block.loss))

@@ -1,0 +1,1 @@
+"""Measurements, and the tables made from them."""

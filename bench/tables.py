@@ -1,0 +1,91 @@
+"""Write the tables of README.md and docs/ from the committed results: ``python -m bench.tables``.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->`` and is never typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.quality import METHODS, MODEL, RESULTS
+from wandapp_kernels.report.tables import human_bytes, number, table
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/methods.md")
+MARKERS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load_runs(pattern: str) -> list[dict[str, Any]]:
+    """The comparisons of one pattern, one per seed."""
+    stem = pattern.replace(":", "of").replace("%", "pct")
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{MODEL}-{stem}-seed*.json"))]
+
+
+def quality_table(pattern: str) -> str:
+    """Mean and spread over seeds of every method at one pattern, and what one run took."""
+    runs = load_runs(pattern)
+    if not runs:
+        return "not measured yet"
+    texts = list(runs[0]["dense"]["perplexities"])
+    headers = ["method", *(f"perplexity, {text}" for text in texts), "× SparseGPT", "seconds", "peak memory"]
+    reference = _entries(runs, "sparsegpt")
+    rows = [["dense", *(number(runs[0]["dense"]["perplexities"][text]) for text in texts), None, None, None]]
+    for method in METHODS[pattern]:
+        if entries := _entries(runs, method):
+            rows.append(_row(method, entries, texts, reference))
+    return f"{table(headers, rows, markdown=True)}\n\n{_conditions(runs)}"
+
+
+def _entries(runs: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    return [entry for run in runs for entry in run["methods"] if entry["method"] == method]
+
+
+def _row(
+    method: str, entries: Sequence[dict[str, Any]], texts: Sequence[str], reference: Sequence[dict[str, Any]]
+) -> list[str | None]:
+    cells: list[str | None] = [method]
+    for text in texts:
+        values = [entry["perplexities"][text] for entry in entries]
+        spread = f" ± {number((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
+        cells.append(f"{number(statistics.mean(values))}{spread}")
+    ratio = None
+    if reference and len(reference) == len(entries):
+        ours, theirs = (statistics.mean(e["perplexity"] for e in group) for group in (entries, reference))
+        ratio = f"{ours / theirs:.2f}"
+    seconds = statistics.median(entry["seconds"] for entry in entries)
+    peak = max(entry["peak_memory_bytes"] for entry in entries)
+    return [*cells, ratio, f"{seconds:.0f}", human_bytes(peak)]
+
+
+def _conditions(runs: Sequence[dict[str, Any]]) -> str:
+    run = runs[0]
+    calibration, evaluation = run["calibration"], run["evaluation"]
+    seeds = ", ".join(str(r["seed"]) for r in runs)
+    hashes = ", ".join(f"{t['text']} {t['text_hash']} ({t['tokens']} tokens)" for t in evaluation["texts"])
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return (
+        f"{run['model']}, fp32, {run['device']}; calibration {calibration['source']}, "
+        f"{calibration['samples']} × {calibration['seqlen']} tokens, seeds {seeds} (mean ± half the range; "
+        f"seconds: median); evaluation windows of "
+        f"{evaluation['seqlen']} tokens, text hashes {hashes}; {versions}."
+    )
+
+
+def fill(text: str, tables: Callable[[str], str]) -> str:
+    """Replace what stands between every pair of markers in ``text``."""
+    return MARKERS.sub(lambda found: f"{found[1]}{tables(found[2])}\n{found[3]}", text)
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(fill(path.read_text(encoding="utf-8"), quality_table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
