@@ -47,35 +47,26 @@ def measure(pattern: str, seed: int, methods: tuple[str, ...]) -> Path:
     """Run one comparison and write it; returns the file."""
     target = RESULTS / f"{MODEL}-{pattern.replace(':', 'of').replace('%', 'pct')}-seed{seed}.json"
     known = json.loads(target.read_text()) if target.exists() else None
-    missing = tuple(m for m in methods if known is None or m not in {entry["method"] for entry in known["methods"]})
-    if not missing:
-        return target
-    dense = load_model(MODEL, dtype=torch.float32)
-    tokens = calibration_tokens(dense.tokenizer, seed=seed, **CALIBRATION)
-    texts = [
-        EvaluationText(
-            name, "evaluation", evaluation_tokens(dense.tokenizer, name, "evaluation", EVALUATION["tokens"])[0]
-        )
-        for name in EVALUATION["texts"]
-    ]
-    result = known
-    for method in missing:
-        found = compare(
-            lambda: load_model(MODEL, dtype=torch.float32),
-            [method],
-            pattern,
-            tokens,
-            texts,
-            eval_seqlen=EVALUATION["seqlen"],
-            seed=seed,
-            device=torch.device("cpu"),
-        )
-        if result is None:
-            result = found
-        else:
-            result["methods"] += found["methods"]
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(target, to_json(result))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_model(MODEL, dtype=torch.float32).tokenizer
+    assert tokenizer is not None
+    compare(
+        lambda: load_model(MODEL, dtype=torch.float32),
+        methods,
+        pattern,
+        calibration_tokens(tokenizer, seed=seed, **CALIBRATION),
+        [
+            EvaluationText(
+                text, "evaluation", evaluation_tokens(tokenizer, text, "evaluation", EVALUATION["tokens"])[0]
+            )
+            for text in EVALUATION["texts"]
+        ],
+        eval_seqlen=EVALUATION["seqlen"],
+        seed=seed,
+        device=torch.device("cpu"),
+        known=known,
+        keep=lambda result: write_text_atomic(target, to_json(result)),
+    )
     return target
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
@@ -65,7 +66,12 @@ def prune(
 
 
 def save(
-    model: nn.Module, tokenizer: Any, folder: str | Path, report: PruneReport | None = None, *, force: bool = False
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: str | Path,
+    report: PruneReport | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Write model, tokenizer and report to ``folder``: complete or not at all, zeros stored dense.
 
@@ -78,7 +84,8 @@ def save(
 def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
     if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
-    vocabulary = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else None
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    vocabulary = getattr(embedding, "num_embeddings", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise UsageError(
             f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "

@@ -112,9 +112,15 @@ def _composition(command: argparse.ArgumentParser) -> None:
     group.add_argument("--relative-lr", type=float, help="step relative to each matrix's rms")
     group.add_argument("--lr", type=float, help="absolute step, instead of --relative-lr")
     group.add_argument("--schedule", choices=("constant", "linear", "cosine"))
-    group.add_argument("--ro-mask", choices=("regrow", "keep"), help="prune anew every round, or hold the first mask")
+    group.add_argument(
+        "--ro-mask",
+        choices=("regrow", "keep", "rechoose"),
+        help="prune anew every round, hold the first mask, or choose anew from latent weights",
+    )
     group.add_argument("--zero-grad", choices=("sample", "round"), help="clear gradients every step or every round")
     group.add_argument("--ro-target", choices=("pruned", "dense"), help="which stream the dense output is taken on")
+    group.add_argument("--ro-loss", choices=("sum", "token"), help="squared error, or relative to each token's energy")
+    group.add_argument("--ro-norms", action=argparse.BooleanOptionalAction, help="also train norm weights and biases")
 
 
 _OPTIMIZER_FIELDS = {
@@ -128,6 +134,8 @@ _OPTIMIZER_FIELDS = {
     "ro_mask": "mask",
     "zero_grad": "zero_grad",
     "ro_target": "target",
+    "ro_loss": "loss",
+    "ro_norms": "norms",
 }
 
 

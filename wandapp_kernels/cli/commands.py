@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_te
 from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, context_length
 from wandapp_kernels.models.bundled import quiet_transformers
 from wandapp_kernels.models.load import LoadedModel, load_model
-from wandapp_kernels.pruning.methods import build_settings
+from wandapp_kernels.pruning.methods import build_all, build_settings
 from wandapp_kernels.pruning.walk import device_name, versions
 from wandapp_kernels.report.page import write_report
 from wandapp_kernels.report.tables import (
@@ -56,7 +54,12 @@ def prune(arguments: argparse.Namespace) -> None:
         **changes(arguments),
     )
     display.close()
-    recorded = {**report.to_dict(), "model": arguments.model, "calibration": tokens.source, "command": _command_line()}
+    recorded = {
+        **report.to_dict(),
+        "model": arguments.model,
+        "calibration": tokens.source,
+        "command": arguments.command_line,
+    }
     with quiet_transformers():
         save_pruned(loaded.model, loaded.tokenizer, arguments.out, recorded, force=arguments.force)
     if arguments.json:
@@ -112,13 +115,12 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
     if not methods:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
-    for method in methods:
-        build_settings(method, arguments.sparsity, **changes(arguments))
+    build_all(methods, arguments.sparsity, **changes(arguments))
     device = _device(arguments)
     loaded = _load(arguments)
     tokens = _calibration(arguments, loaded)
     texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
-    seqlen = _window(arguments.eval_seqlen, loaded)
+    seqlen = _window(arguments.eval_seqlen, loaded, "--eval-seqlen")
     del loaded
     display = ProgressDisplay(arguments.quiet)
     report = compare(
@@ -138,7 +140,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         **changes(arguments),
     )
     display.close()
-    report["command"] = _command_line()
+    report["command"] = arguments.command_line
     print(comparison_table(report))
     if arguments.out:
         write_report(report, arguments.out, force=arguments.force)
@@ -181,12 +183,13 @@ def _calibration(arguments: argparse.Namespace, loaded: LoadedModel) -> TokenSet
     )
 
 
-def _window(asked: int | None, loaded: LoadedModel) -> int:
+def _window(asked: int | None, loaded: LoadedModel, option: str = "--seqlen") -> int:
     context = context_length(loaded.model)
     if asked is None:
         return min(context or DEFAULT_SEQLEN, DEFAULT_SEQLEN)
     if asked < 2 or (context is not None and asked > context):
-        raise UsageError(f"--seqlen {asked} is outside 2 to {context}, the context of {loaded.name}")
+        allowed = "at least 2" if context is None else f"2 to {context}, the context of {loaded.name}"
+        raise UsageError(f"{option} is {asked}, but must be {allowed}")
     return asked
 
 
@@ -195,7 +198,3 @@ def _texts(names: str, loaded: LoadedModel, split: Any, tokens: int) -> list[Eva
     if not chosen:
         raise UsageError("--text is empty; name at least one, such as wiki")
     return [EvaluationText(name, split, evaluation_tokens(loaded.tokenizer, name, split, tokens)[0]) for name in chosen]
-
-
-def _command_line() -> str:
-    return shlex.join(["wandapp", *sys.argv[1:]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 import warnings
@@ -22,6 +23,7 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``wandapp`` with ``argv`` (default: the process's arguments) and return the exit code."""
     arguments = parser().parse_args(argv)
+    arguments.command_line = shlex.join(["wandapp", *(sys.argv[1:] if argv is None else argv)])
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from wandapp_kernels.data.calibration import TokenSet
+from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import Perplexity, perplexity
 from wandapp_kernels.models.load import LoadedModel
-from wandapp_kernels.pruning.methods import build_settings
+from wandapp_kernels.pruning.methods import build_all
 from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import Progress, device_name, prune_blocks, versions
 
@@ -47,6 +48,8 @@ def compare(
     device: torch.device,
     progress: Callable[[str, Progress], None] = lambda _method, _progress: None,
     done: Callable[[str, float, float], None] = lambda _method, _perplexity, _seconds: None,
+    known: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda _result: None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Prune a freshly loaded model with every method and evaluate it.
@@ -54,8 +57,10 @@ def compare(
     Args:
         load: gives the dense model anew; called once for the dense figures and once for each method, so that one model
             is in memory at a time.
-        changes: to every method, see ``build_settings``.
+        changes: to the methods, see ``build_all``.
         progress: ``(method, where the walk is)``; done: ``(method, perplexity on the first text, pruning seconds)``.
+        known: an earlier, partial result of the same comparison; what it holds is not measured again.
+        keep: called with the result so far after each method, to resume from later.
 
     Returns:
         ``{"model", "dense": {"perplexity", "perplexities", "seconds"}, "methods": [{"method", "sparsity",
@@ -64,16 +69,47 @@ def compare(
         ``perplexity`` is on the first text; ``seconds`` is the pruning alone.
 
     Raises:
-        UsageError: before any work, when one of the methods is unknown.
+        UsageError: before any work, when one of the methods is unknown or ``known`` is of another calibration text.
     """
-    settings = [build_settings(method, sparsity, seed=seed, **changes) for method in methods]
+    settings = build_all(methods, sparsity, seed=seed, **changes)
+    if known is not None and known["text_hash"] != calibration.text_hash:
+        raise UsageError(f"the earlier result was calibrated on text {known['text_hash']}, not {calibration.text_hash}")
+    result = known or _dense_result(load(), calibration, texts, eval_seqlen, seed, device)
+    done("dense", result["dense"]["perplexity"], 0.0)
+    finished = {entry["method"] for entry in result["methods"]}
+    for chosen in settings:
+        if chosen.method in finished:
+            continue
+        loaded = load()
+        report = prune_blocks(
+            loaded.model,
+            calibration.ids,
+            chosen,
+            device=device,
+            progress=lambda where, method=chosen.method: progress(method, where),
+        )
+        loaded.model.to(device)
+        entry = _entry(report, score_texts(loaded, texts, eval_seqlen))
+        result["methods"].append(entry)
+        keep(result)
+        done(chosen.method, entry["perplexity"], report.seconds)
+        del loaded
+    return result
+
+
+def _dense_result(
+    dense: LoadedModel,
+    calibration: TokenSet,
+    texts: Sequence[EvaluationText],
+    eval_seqlen: int,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
     start = time.perf_counter()
-    dense = load()
     dense.model.to(device)
     measured = score_texts(dense, texts, eval_seqlen)
-    name = dense.name
-    result: dict[str, Any] = {
-        "model": name,
+    return {
+        "model": dense.name,
         "dense": {**_figures(measured), "seconds": time.perf_counter() - start},
         "methods": [],
         "seed": seed,
@@ -94,23 +130,6 @@ def compare(
             ],
         },
     }
-    done("dense", measured[0].value, 0.0)
-    del dense
-    for chosen in settings:
-        loaded = load()
-        report = prune_blocks(
-            loaded.model,
-            calibration.ids,
-            chosen,
-            device=device,
-            progress=lambda where, method=chosen.method: progress(method, where),
-        )
-        loaded.model.to(device)
-        entry = _entry(report, score_texts(loaded, texts, eval_seqlen))
-        result["methods"].append(entry)
-        done(chosen.method, entry["perplexity"], report.seconds)
-        del loaded
-    return result
 
 
 def _figures(measured: Sequence[Perplexity]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def capture(
     _check_attention(model)
     token_ids = token_ids.to(next(model.parameters()).device)
     device = torch.device(device)
-    with _evaluating(model):
+    with evaluating(model):
         form = _check_blocks(model, decoder, token_ids[:1, :_PROBE_TOKENS])
         hidden, calls = _record(model, decoder, list(token_ids[:, None]), form, device)
         _, doubled = _record(model, decoder, [token_ids[:1].repeat(2, 1)], form, device)
@@ -192,7 +192,7 @@ def _replaced_forwards(decoder: Decoder, forward: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout), and back to each module's own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()

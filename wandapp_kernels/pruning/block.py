@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.models.names import matches
 from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning.criteria import CRITERIA
+from wandapp_kernels.pruning.latent import LatentWeights
 from wandapp_kernels.pruning.memory import PeakMemory
+from wandapp_kernels.pruning.precision import exact_products
 from wandapp_kernels.pruning.regional import RegionalGradient
 from wandapp_kernels.pruning.regional_optimizer import RegionalOptimizer
 from wandapp_kernels.pruning.reports import LayerReport
@@ -26,7 +30,8 @@ from wandapp_kernels.pruning.stream import Stream, batches
 from wandapp_kernels.pruning.updates import UPDATES
 from wandapp_kernels.sparsity import mask_from_scores, sparsity_of
 
-# An expert that saw less than this share of the calibration tokens has no statistics worth the name.
+# A Linear that saw less than this share of the calibration tokens has no statistics worth the name: a starved expert,
+# or a weight that its module reads without calling the Linear.
 STARVED_SHARE = 0.005
 
 BlockForward = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
@@ -73,6 +78,7 @@ class BlockPruner:
         self._criterion = CRITERIA[settings.criterion]
         self._update = UPDATES[settings.update] if settings.update else None
         self._gradients: dict[str, torch.Tensor] = {}
+        self._dense_weights: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, LayerStatistics] = {}
         self.found = Masks()
         self.extra: list[str] = []
@@ -88,15 +94,17 @@ class BlockPruner:
         outputs = self._inputs.empty_like() if optimizer is not None and target is None else None
         regrow = optimizer is not None and optimizer.mask == "regrow"
         recorder = self._collect(
-            range(len(self._inputs)), gradient=self._needs_gradient, repair=not regrow, outputs=outputs
+            self._first_samples(), gradient=self._needs_gradient, repair=not regrow, outputs=outputs
         )
         self.statistics = recorder.statistics
         self._probes = recorder.probes
         self._dense_outputs = {
-            name: nn.functional.linear(self._probes[name], linear.weight)
+            name: nn.functional.linear(self._probes[name], linear.weight.float())
             for name, linear in self._linears.items()
             if name in self._probes
         }
+        if optimizer is not None and optimizer.mask == "rechoose":
+            self._dense_weights = {name: weight.detach().clone() for name, weight in self._parameters().items()}
         if not regrow:
             self._apply(self.statistics, repair=True)
         desired = target if target is not None else outputs
@@ -106,6 +114,11 @@ class BlockPruner:
             recompute = self._needs_gradient and self._settings.recompute_gradient
             final = self._collect(range(len(self._inputs)), gradient=recompute, repair=True)
             self._apply(final.statistics, repair=True)
+
+    def _first_samples(self) -> range:
+        """All samples; one batch where nothing is learnt from them (magnitude) and only the report wants inputs."""
+        blind = not self._criterion.needs and self._update is None and self._settings.optimizer is None
+        return range(min(self._batch, len(self._inputs)) if blind else len(self._inputs))
 
     @property
     def _needs_gradient(self) -> bool:
@@ -150,16 +163,23 @@ class BlockPruner:
             if self._settings.sequential:
                 statistics = self._collect(samples, repair=repair, only=name).statistics
             start = time.perf_counter()
-            linear.weight.data = self._prune_linear(name, linear.weight.data, statistics[name], repair)
+            with exact_products():
+                try:
+                    pruned = self._prune_linear(name, linear.weight.data, statistics[name], repair)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"{name}: {error}") from error
+                linear.weight.data = pruned.to(linear.weight.dtype)
             self.found.seconds[name] = self.found.seconds.get(name, 0.0) + time.perf_counter() - start
-            self.found.peak_memory_bytes[name] = self._memory.lap()
+            peak = self.found.peak_memory_bytes.get(name, 0)
+            self.found.peak_memory_bytes[name] = max(peak, self._memory.lap())
 
     def _prune_linear(self, name: str, weight: torch.Tensor, statistics: LayerStatistics, repair: bool) -> torch.Tensor:
         settings = self._settings
-        total = len(self._inputs) * self._inputs.tokens_per_sample
-        if name in self._workspace.expert_names and statistics.tokens < STARVED_SHARE * total:
+        self.found.notes.pop(name, None)  # an earlier round's
+        if self._is_starved(statistics):
+            total = statistics.sequences * self._inputs.tokens_per_sample
             self.found.notes[name] = f"saw {statistics.tokens} of {total} tokens: pruned by magnitude"
-            self.found.masks[name] = mask_from_scores(weight.abs(), settings.pattern)
+            self.found.masks[name] = mask_from_scores(weight.abs(), settings.pattern, settings.group)
             return weight * self.found.masks[name]
         mask = None
         joint = repair and self._update is not None and self._update.joint_criterion == settings.criterion
@@ -175,6 +195,9 @@ class BlockPruner:
         self.found.masks[name] = mask
         return weight * mask
 
+    def _is_starved(self, statistics: LayerStatistics) -> bool:
+        return statistics.tokens < STARVED_SHARE * statistics.sequences * self._inputs.tokens_per_sample
+
     def _reprune(self, drawn: list[int]) -> dict[str, torch.Tensor]:
         """A round's prune: ‖X‖ from its own samples, the gradient as it was taken from the dense block."""
         self._apply(self._collect(drawn).statistics, repair=False, samples=drawn)
@@ -185,18 +208,37 @@ class BlockPruner:
         assert settings is not None
         extra: dict[str, nn.Parameter] = {}
         if settings.norms:
-            extra = {name: p for name, p in self._workspace.module.named_parameters() if p.dim() == 1}
+            extra = {name: p for name, p in self._workspace.module.named_parameters() if self._is_trained(name, p)}
             self.extra = list(extra)
         optimizer = RegionalOptimizer(
             settings,
+            self._workspace.name,
             forward=lambda chosen: self._forward(self._inputs.batch(chosen), chosen),
             target=desired.batch,
-            weights={name: linear.weight for name, linear in self._linears.items()},
+            weights=self._parameters(),
             extra=extra.values(),
             count=len(self._inputs),
             generator=self._generator,
+            latent=self._latent_weights() if settings.mask == "rechoose" else None,
         )
         self.loss = optimizer.run(self.found.masks, self._reprune)
+
+    def _is_trained(self, name: str, parameter: nn.Parameter) -> bool:
+        module = f"{self._workspace.name}.{name.rpartition('.')[0]}"
+        return parameter.dim() == 1 and not matches(module, self._settings.ignore)
+
+    def _latent_weights(self) -> LatentWeights:
+        """Latents scored by Wanda's ``|θ|·‖X‖``: cheap enough to repeat, whatever criterion chose the first mask."""
+
+        def choose(name: str, theta: torch.Tensor) -> torch.Tensor:
+            if self._is_starved(self.statistics[name]):
+                return self.found.masks[name]
+            return mask_from_scores(theta.abs() * self.statistics[name].norm(), self._settings.pattern)
+
+        return LatentWeights(self._parameters(), self._dense_weights, self.found.masks, choose)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: linear.weight for name, linear in self._linears.items()}
 
     def layer_reports(self) -> list[LayerReport]:
         """One report per Linear, from the weights the working copy holds now."""
@@ -205,7 +247,7 @@ class BlockPruner:
             error = 0.0
             if name in self._dense_outputs:  # an expert that the first batch never reached has no probe
                 dense = self._dense_outputs[name]
-                difference = nn.functional.linear(self._probes[name], linear.weight) - dense
+                difference = nn.functional.linear(self._probes[name], linear.weight.float()) - dense
                 error = float(difference.norm() / dense.norm().clamp_min(1e-30))
             statistics = self.statistics[name]
             reports.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -94,7 +95,9 @@ def build_settings(
             raise UsageError(f"{', '.join(changes)} belong to the regional optimiser, which {method!r} does not use")
         unknown = set(changes) - set(asdict(chosen))
         if unknown:
-            raise UsageError(f"unknown optimizer settings: {', '.join(sorted(unknown))}")
+            raise UsageError(
+                f"unknown optimizer settings: {', '.join(sorted(unknown))}; choose from {', '.join(asdict(chosen))}"
+            )
         chosen = replace(chosen, **changes)
     return PruneSettings(
         pattern=Pattern.parse(sparsity),
@@ -105,6 +108,23 @@ def build_settings(
         group=settings.pop("group", row.group),
         **settings,
     )
+
+
+def build_all(methods: Sequence[str], sparsity: str | float | Pattern, **changes: Any) -> list[PruneSettings]:
+    """Settings of several methods, the same changes to all; those to the regional optimiser (``preset``, ``optimizer``)
+    go to the methods that use it.
+
+    Raises:
+        UsageError: as ``build_settings``, also where no method uses the regional optimiser that was changed.
+    """
+    others = {name: value for name, value in changes.items() if name not in ("preset", "optimizer")}
+    plain = [build_settings(method, sparsity, **others) for method in methods]
+    if not any(settings.optimizer for settings in plain):
+        return [build_settings(method, sparsity, **changes) for method in methods]
+    return [
+        build_settings(method, sparsity, **changes) if settings.optimizer else settings
+        for method, settings in zip(methods, plain, strict=True)
+    ]
 
 
 def _lookup(kind: str, table: dict[str, Any], name: str) -> Any:

@@ -7,13 +7,14 @@ accumulators of all blocks are in memory, as in the published methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 
 from wandapp_kernels.errors import NonFiniteError
 from wandapp_kernels.models.blocks import Decoder
+from wandapp_kernels.models.capture import evaluating
 from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning.statistics import MODEL_GRADIENT_L1
 
@@ -24,8 +25,8 @@ LOSS_SCALE = 1024.0
 class ModelGradients:
     """Per block and parameter: ``norm -> accumulated gradient`` on the CPU, fp32."""
 
-    def __init__(self, decoder: Decoder, norms: Collection[str]):
-        self._decoder, self._norms = decoder, tuple(norms)
+    def __init__(self, decoder: Decoder, norms: Collection[str], ignore: Sequence[str] = ()):
+        self._decoder, self._norms, self._ignore = decoder, tuple(norms), ignore
         self._parameters = [
             {name: p for name, p in block.named_parameters() if p.dim() > 1} for block in decoder.blocks
         ]
@@ -47,9 +48,10 @@ class ModelGradients:
                 p.requires_grad_(False)
             for _, _, p in wanted:
                 p.requires_grad_(True)
-            for sample in range(len(token_ids)):
-                self._add(model, token_ids[sample : sample + 1].to(device), wanted)
-                progress(sample + 1, len(token_ids))
+            with evaluating(model):
+                for sample in range(len(token_ids)):
+                    self._add(model, token_ids[sample : sample + 1].to(device), wanted)
+                    progress(sample + 1, len(token_ids))
         finally:
             for p, trainable in frozen.items():
                 p.requires_grad_(trainable)
@@ -88,7 +90,7 @@ class ModelGradients:
                 for name, p in parameters.items():
                     sums = self._sums[index][norm][name]
                     p.data = sums if norm == MODEL_GRADIENT_L1 else sums.sqrt()
-                copy = BlockWorkspace(block, f"{self._decoder.name}.{index}", device)
+                copy = BlockWorkspace(block, f"{self._decoder.name}.{index}", device, ignore=self._ignore)
             finally:
                 for name, p in parameters.items():
                     p.data = weights[name]

@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.pruning.latent import LatentWeights
+from wandapp_kernels.pruning.regional_loss import regional_loss
 from wandapp_kernels.pruning.settings import OptimizerSettings
+
+# The masks settle in the last quarter of the rounds.
+RECHOOSE_SHARE = 0.75
 
 Forward = Callable[[Sequence[int]], torch.Tensor]
 
@@ -25,27 +30,32 @@ class RegionalOptimizer:
     """Optimises ``parameters`` (and holds ``masks`` over them when the settings keep the mask) on one block.
 
     Args:
+        name: the block's, for messages.
         forward: indices of calibration samples -> the pruned block's output for them.
         target: indices -> the dense output to reach, same shape.
         weights: the Linears' weights by name.
         extra: further parameters to train (norm weights, biases).
         count: how many calibration samples there are.
         generator: draws the samples of each round.
+        latent: the latent weights, for ``rechoose``.
     """
 
     def __init__(
         self,
         settings: OptimizerSettings,
+        name: str,
         forward: Forward,
         target: Forward,
         weights: Mapping[str, nn.Parameter],
         extra: Iterable[nn.Parameter],
         count: int,
         generator: torch.Generator,
+        latent: LatentWeights | None = None,
     ):
-        self._settings = settings
+        self._settings, self._name = settings, name
         self._forward, self._target = forward, target
         self._weights = dict(weights)
+        self._latent = latent
         self._count, self._generator = count, generator
         self._parameters = [*self._weights.values(), *extra]
         self._samples = min(settings.samples or count, count)
@@ -57,14 +67,16 @@ class RegionalOptimizer:
         """All rounds. Returns the last round's loss divided by the target's energy.
 
         Args:
-            masks: name -> bool mask; kept throughout when ``settings.mask`` is ``keep``.
+            masks: name -> bool mask; ``rechoose`` changes it in place.
             reprune: samples of the round -> new masks, applied by the callee; called every round under ``regrow``.
         """
         loss = math.nan
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         try:
-            for _ in range(self._settings.rounds):
+            for round_ in range(self._settings.rounds):
+                if self._latent is not None and 0 < round_ <= RECHOOSE_SHARE * self._settings.rounds:
+                    self._latent.rechoose()
                 drawn = torch.randperm(self._count, generator=self._generator)[: self._samples].tolist()
                 if self._settings.mask == "regrow":
                     masks = reprune(drawn)
@@ -85,32 +97,38 @@ class RegionalOptimizer:
             chosen = drawn[start : start + self._settings.batch]
             target = self._target(chosen)
             with torch.enable_grad():
-                squares = (self._forward(chosen).float() - target).square()
-                if self._settings.loss == "token":
-                    squares = squares / target.square().mean(-1, keepdim=True).clamp_min(1e-30)
-                loss = squares.sum()
+                loss, loss_of_zero = regional_loss(self._settings.loss, self._forward(chosen), target)
             loss.backward()
+            if self._latent is not None:
+                self._latent.take_gradients()
             self._schedule()
             self._optimizer.step()
             if self._settings.zero_grad == "sample":
                 self._optimizer.zero_grad(set_to_none=True)
-            if self._settings.mask == "keep":
-                with torch.no_grad():
-                    for name, weight in self._weights.items():
-                        weight.mul_(masks[name])
+            self._hold(masks)
             difference += loss.item()
-            energy += target.numel() if self._settings.loss == "token" else target.square().sum().item()
+            energy += loss_of_zero
         if not math.isfinite(difference):
             raise NonFiniteError(
-                "the regional optimiser's loss became NaN or infinite; lower the learning rate (--relative-lr)"
+                f"the regional optimiser's loss in {self._name} became NaN or infinite; lower the learning rate "
+                "(--relative-lr)"
             )
         return difference / max(energy, 1e-30)
 
+    @torch.no_grad()
+    def _hold(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Bring the weights back under their masks after a step; under ``regrow`` they are free."""
+        if self._latent is not None:
+            self._latent.project()
+        elif self._settings.mask == "keep":
+            for name, weight in self._weights.items():
+                weight.mul_(masks[name])
+
     def _build_optimizer(self, masks: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         groups = []
+        stepped = self._weights if self._latent is None else self._latent.parameters
         for name, weight in self._weights.items():
-            kept = weight.detach()[masks[name]]
-            groups.append({"params": [weight], "lr": self._rate(kept)})
+            groups.append({"params": [stepped[name]], "lr": self._rate(weight.detach()[masks[name]])})
         for parameter in self._parameters[len(self._weights) :]:
             groups.append({"params": [parameter], "lr": self._rate(parameter.detach())})
         for group in groups:

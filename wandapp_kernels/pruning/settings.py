@@ -24,7 +24,8 @@ class OptimizerSettings:
         absolute_lr: step in weight units, the paper's 3e-7; overrides ``relative_lr`` when set.
         schedule: ``constant``, or ``linear``/``cosine`` decay to zero over all steps of the block.
         mask: ``regrow`` prunes anew every round and leaves the weights free in between (the paper); ``keep`` holds the
-            first mask.
+            first mask; ``rechoose`` optimises latent dense weights behind the masked ones and chooses the mask anew
+            from ``|θ|·‖X‖`` before each round of the first three quarters.
         zero_grad: ``sample`` clears gradients every step; ``round`` accumulates them over a round (open in the paper).
         target: ``pruned`` compares on the pruned stream (the paper); ``dense`` with the dense model's own block output.
         loss: ``sum`` of squared differences (the paper); ``token`` divides each token's by the energy of its target, so
@@ -48,7 +49,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         _choice("algorithm", self.algorithm, ("rmsprop", "adam"))
         _choice("schedule", self.schedule, ("constant", "linear", "cosine"))
-        _choice("mask", self.mask, ("regrow", "keep"))
+        _choice("mask", self.mask, ("regrow", "keep", "rechoose"))
         _choice("zero_grad", self.zero_grad, ("sample", "round"))
         _choice("target", self.target, ("pruned", "dense"))
         _choice("loss", self.loss, ("sum", "token"))

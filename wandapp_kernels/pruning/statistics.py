@@ -103,7 +103,7 @@ class InputRecorder:
             x = arguments[0].detach()
             if self._probing:
                 leader = next((n for n, seen in self._seen if seen is arguments[0]), None)
-                rows = x.reshape(-1, x.shape[-1])[:PROBE_TOKENS].float()
+                rows = x.reshape(-1, x.shape[-1])[:PROBE_TOKENS].to(torch.float32, copy=True)
                 self.probes[name] = rows if leader is None else self.probes[leader]
                 if leader is not None:
                     self._leaders[name] = leader

@@ -19,6 +19,7 @@ class Stream:
         self.device = device
         self._home = device if _fits(size * copies, device) else torch.device("cpu")
         self._samples = [sample.to(self._home) for sample in samples]
+        self.dtype = self._samples[0].dtype
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -36,12 +37,13 @@ class Stream:
     def put(self, indices: Sequence[int], values: torch.Tensor) -> None:
         """Store ``values [len(indices), tokens, hidden]`` in place of the samples ``indices``."""
         for position, index in enumerate(indices):
-            self._samples[index] = values[position : position + 1].to(self._home, self._samples[index].dtype)
+            self._samples[index] = values[position : position + 1].to(self._home, self.dtype)
 
     def empty_like(self) -> Stream:
-        """A stream of the same size and home whose samples are still to be put."""
+        """A stream of the same size and home, in fp32, whose samples are still to be put."""
         other = object.__new__(Stream)
         other.device, other._home, other._samples = self.device, self._home, list(self._samples)
+        other.dtype = torch.float32
         return other
 
 

@@ -20,7 +20,6 @@ from wandapp_kernels.data.calibration import token_hash
 from wandapp_kernels.errors import ModelError, NonFiniteError
 from wandapp_kernels.models.blocks import Decoder, find_decoder
 from wandapp_kernels.models.capture import BlockCalls, capture
-from wandapp_kernels.models.names import matches
 from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning.block import BlockPruner
 from wandapp_kernels.pruning.criteria import CRITERIA
@@ -104,6 +103,7 @@ class _Walk:
         self._pruned = Stream(calls.hidden, device)
         wants_dense = settings.optimizer is not None and settings.optimizer.target == "dense"
         self._dense = Stream(calls.hidden, device) if wants_dense else None
+        calls.hidden = []  # the streams hold it now, and let go of it after the first block
         self._generator = torch.Generator().manual_seed(settings.seed)
         together = max(BATCH_TOKENS // self._pruned.tokens_per_sample, 1)
         self._shared = calls.shared()
@@ -113,8 +113,9 @@ class _Walk:
         """Prune block ``index`` and move the streams past it."""
         start = time.perf_counter()
         name = f"{self._decoder.name}.{index}"
-        workspace = BlockWorkspace(self._decoder.blocks[index], name, self._device)
-        linears = {n: linear for n, linear in workspace.linears.items() if not matches(n, self._settings.ignore)}
+        block = self._decoder.blocks[index]
+        workspace = BlockWorkspace(block, name, self._device, ignore=self._settings.ignore)
+        linears = workspace.linears
         check_weights_finite(linears)
 
         def forward(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
@@ -159,10 +160,13 @@ class _Walk:
 
     def _advance(self, stream: Stream, forward: Callable, name: str) -> None:
         for chosen in batches(len(stream), self._batch):
-            output = forward(stream.batch(chosen), chosen)
+            output = forward(stream.batch(chosen), chosen).to(stream.dtype)
             bad = output.numel() - int(torch.isfinite(output).sum())
             if bad:
-                raise NonFiniteError(f"{bad} of {output.numel()} outputs of {name} are NaN or infinite")
+                raise NonFiniteError(
+                    f"{bad} of {output.numel()} outputs of {name} are NaN or infinite in {stream.dtype}; check its "
+                    "biases and norm weights, or load the model in float32"
+                )
             stream.put(chosen, output)
 
 
@@ -177,7 +181,7 @@ def _dense_gradients(
     norms = CRITERIA[settings.criterion].needs & {MODEL_GRADIENT_L1, MODEL_GRADIENT_L2}
     if not norms:
         return None
-    gradients = ModelGradients(decoder, norms)
+    gradients = ModelGradients(decoder, norms, settings.ignore)
     gradients.collect(model, token_ids, device, lambda done, total: progress(Progress("gradients", done, total)))
     return gradients
 

@@ -1,0 +1,190 @@
+"""Exit codes: 2 for a wrong request, 1 with one sentence for what fails, and never a traceback unless asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import BertConfig, BertForMaskedLM
+
+from wandapp_kernels.cli import commands, main
+from wandapp_kernels.models.load import load_model
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("glassllm") is None, reason="glassllm is not installed")
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed on standard error, which must be a single line; nothing may be on standard output."""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith("wandapp: ") and "Traceback" not in printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "wandda"], "method 'wandda' is unknown; choose one of magnitude, wanda,"),
+        (["--score", "hessian"], "score 'hessian' is unknown"),
+        (["--update", "obc"], "update 'obc' is unknown"),
+        (["--sparsity", "0"], "sparsity '0' is not understood"),
+        (["--sparsity", "1"], "sparsity '1' is not understood"),
+        (["--sparsity", "1.5"], "sparsity '1.5' is not understood"),
+        (["--sparsity", "abc"], "sparsity 'abc' is not understood"),
+        (["--sparsity=-0.5"], "sparsity '-0.5' is not understood"),
+        (["--sparsity", "4:4"], "sparsity '4:4' is not possible"),
+        (["--method", "wanda", "--rounds", "3"], "rounds belong to the regional optimiser"),
+        (["--rounds", "0"], "at least one round"),
+        (["--relative-lr", "0"], "learning rate must be above 0"),
+        (["--alpha", "-1"], "alpha is -1"),
+        (["--device", "abacus"], "device 'abacus' is unknown"),
+        (["--seqlen", "129"], "--seqlen is 129, but must be 2 to 128, the context of glass-0.9m"),
+        (["--seqlen", "1"], "--seqlen is 1, but must be 2 to 128"),
+        (["--samples", "0"], "at least 1 sample"),
+        (["--dtype", "int8"], "dtype int8"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_requests_to_prune_give_2(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["prune", "glass-0.9m", *arguments, "--out", str(out)]) == 2
+    assert message in one_line(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "glass-0.9m", "--methods", "wanda,wandda"], "method 'wandda' is unknown"),
+        (["compare", "glass-0.9m", "--methods", " , "], "--methods is empty"),
+        (["compare", "glass-0.9m", "--methods", "wanda,ria", "--ro-samples", "3"], "samples belong to the regional"),
+        (["compare", "glass-0.9m", "--sparsity", "2"], "sparsity '2' is not understood"),
+        (["compare", "glass-0.9m", "--eval-seqlen", "500", "--samples", "2"], "--eval-seqlen is 500, but must be"),
+        (["eval", "glass-0.9m", "--seqlen", "500"], "--seqlen is 500, but must be 2 to 128"),
+        (["eval", "glass-0.9m", "--text", ","], "--text is empty"),
+        (["eval", "glass-0.9m", "--tokens", "1"], "at least 2 tokens"),
+    ],
+    ids=" ".join,
+)
+def test_other_wrong_requests_give_2(arguments: list[str], message: str, capsys) -> None:
+    assert main(arguments) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["shrink"],
+        ["prune", "glass-0.9m"],
+        ["prune", "glass-0.9m", "--out", "x", "--samples", "many"],
+        ["prune", "glass-0.9m", "--out", "x", "--x-norm", "median"],
+        ["eval", "glass-0.9m", "--split", "training"],
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_do_not_parse_give_2(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: wandapp" in capsys.readouterr().err
+
+
+def test_absent_models_and_texts_give_1(tmp_path: Path, capsys) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["prune", str(tmp_path / "nowhere"), *out]) == 1
+    assert "there is no folder" in one_line(capsys)
+    assert main(["prune", "nobody/nothing", *out]) == 1
+    assert "nobody/nothing is not on this machine" in one_line(capsys)
+    assert main(["prune", "glass-0.9m", "--calibration", str(tmp_path / "nowhere.txt"), *out]) == 1
+    assert "there is no text source" in one_line(capsys)
+    assert main(["eval", "glass-0.9m", "--text", "wiki,nowhere.txt"]) == 1
+    assert "there is no text source 'nowhere.txt'" in one_line(capsys)
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert "is not a folder" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_text_gives_1(tmp_path: Path, capsys) -> None:
+    (tmp_path / "short.txt").write_text("\n\n".join(f"Sentence number {i} is short." for i in range(40)))
+    command = ["prune", "glass-0.9m", "--calibration", str(tmp_path / "short.txt"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--samples", "64"]) == 1
+    assert "use fewer or shorter samples, or more text" in one_line(capsys)
+
+
+def save_with_tokenizer(model, folder: Path) -> str:
+    model.save_pretrained(folder)
+    load_model("glass-0.9m").tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_that_cannot_be_pruned_give_1(tmp_path: Path, capsys) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    encoder = save_with_tokenizer(BertForMaskedLM(BertConfig(vocab_size=1024, **sizes)), tmp_path / "bert")
+    capsys.readouterr()
+    command = ["--out", str(tmp_path / "out"), "--samples", "2", "--seqlen", "16"]
+    assert main(["prune", encoder, *command]) == 1
+    assert "only decoder-only causal language models" in one_line(capsys)
+
+    without = save_with_tokenizer(tiny_model("llama", vocab_size=1024, num_hidden_layers=0), tmp_path / "empty")
+    capsys.readouterr()
+    assert main(["prune", without, *command]) == 1
+    assert "has no list of decoder blocks" in one_line(capsys)
+
+    mute = tmp_path / "mute"
+    tiny_model("llama", vocab_size=1024).save_pretrained(mute)
+    capsys.readouterr()
+    assert main(["prune", str(mute), *command]) == 1
+    assert "has no tokenizer" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_give_1_and_name_the_layer(tmp_path: Path, capsys) -> None:
+    model = tiny_model("llama", vocab_size=1024)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    folder = save_with_tokenizer(model, tmp_path / "damaged")
+    capsys.readouterr()
+    command = ["prune", folder, "--method", "wanda", "--samples", "2", "--seqlen", "16", "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "1 of 1536 weights of model.layers.1.mlp.up_proj are NaN" in one_line(capsys)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_debug_shows_the_traceback_and_the_sentence(tmp_path: Path, capsys) -> None:
+    assert main(["prune", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--debug"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback (most recent call last):")
+    assert re.match(r"wandapp: there is no folder .*", printed.splitlines()[-1])
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("several\n  lines")
+
+    monkeypatch.setattr(commands, "load_model", fail)
+    assert main(["eval", "glass-0.9m"]) == 1
+    expected = "wandapp: unexpected RuntimeError: several lines (run again with --debug for the traceback)\n"
+    assert one_line(capsys) == expected
+
+
+def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def stop(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "load_model", stop)
+    assert main(["eval", "glass-0.9m"]) == 130
+    assert "interrupted" in one_line(capsys)
+
+
+def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    import warnings
+
+    monkeypatch.setattr(commands, "inspect_folder", lambda _folder: warnings.warn("mind the gap", stacklevel=1))
+    monkeypatch.setattr(commands, "format_inspection", lambda *_arguments, **_options: "done")
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert (printed.err, printed.out) == ("warning: mind the gap\n", "done\n")
