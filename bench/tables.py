@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.quality import METHODS, MODEL, RESULTS
+from bench.quality import MODEL, PLANS, RESULTS, SEEDS
 from wandapp_kernels.report.tables import human_bytes, number, table
 
 ROOT = Path(__file__).parent.parent
@@ -32,12 +32,10 @@ def quality_table(pattern: str) -> str:
     if not runs:
         return "not measured yet"
     texts = list(runs[0]["dense"]["perplexities"])
-    headers = ["method", *(f"perplexity, {text}" for text in texts), "× SparseGPT", "seconds", "peak memory"]
-    reference = _entries(runs, "sparsegpt")
-    rows = [["dense", *(number(runs[0]["dense"]["perplexities"][text]) for text in texts), None, None, None]]
-    for method in METHODS[pattern]:
-        if entries := _entries(runs, method):
-            rows.append(_row(method, entries, texts, reference))
+    headers = ["method", *(f"perplexity, {text}" for text in texts), "× SparseGPT", "seeds", "seconds", "peak memory"]
+    dense = [number(runs[0]["dense"]["perplexities"][text]) for text in texts]
+    rows = [["dense", *dense, None, None, None, None]]
+    rows += [_row(method, runs, texts) for method in PLANS[pattern].of_seed(SEEDS[0]) if _entries(runs, method)]
     return f"{table(headers, rows, markdown=True)}\n\n{_conditions(runs)}"
 
 
@@ -45,33 +43,30 @@ def _entries(runs: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]
     return [entry for run in runs for entry in run["methods"] if entry["method"] == method]
 
 
-def _row(
-    method: str, entries: Sequence[dict[str, Any]], texts: Sequence[str], reference: Sequence[dict[str, Any]]
-) -> list[str | None]:
+def _row(method: str, runs: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[str | None]:
+    entries = _entries(runs, method)
     cells: list[str | None] = [method]
     for text in texts:
         values = [entry["perplexities"][text] for entry in entries]
         spread = f" ± {number((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
         cells.append(f"{number(statistics.mean(values))}{spread}")
-    ratio = None
-    if reference and len(reference) == len(entries):
-        ours, theirs = (statistics.mean(e["perplexity"] for e in group) for group in (entries, reference))
-        ratio = f"{ours / theirs:.2f}"
+    pairs = [(_entries([run], method), _entries([run], "sparsegpt")) for run in runs]
+    ratios = [ours[0]["perplexity"] / theirs[0]["perplexity"] for ours, theirs in pairs if ours and theirs]
     seconds = statistics.median(entry["seconds"] for entry in entries)
     peak = max(entry["peak_memory_bytes"] for entry in entries)
-    return [*cells, ratio, f"{seconds:.0f}", human_bytes(peak)]
+    ratio = f"{statistics.mean(ratios):.2f}" if ratios else None
+    return [*cells, ratio, str(len(entries)), f"{seconds:.0f}", human_bytes(peak)]
 
 
 def _conditions(runs: Sequence[dict[str, Any]]) -> str:
     run = runs[0]
     calibration, evaluation = run["calibration"], run["evaluation"]
-    seeds = ", ".join(str(r["seed"]) for r in runs)
     hashes = ", ".join(f"{t['text']} {t['text_hash']} ({t['tokens']} tokens)" for t in evaluation["texts"])
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return (
         f"{run['model']}, fp32, {run['device']}; calibration {calibration['source']}, "
-        f"{calibration['samples']} × {calibration['seqlen']} tokens, seeds {seeds} (mean ± half the range; "
-        f"seconds: median); evaluation windows of "
+        f"{calibration['samples']} × {calibration['seqlen']} tokens, seeds 0, 1, … (mean ± half the range; "
+        f"× SparseGPT on the first text, seed by seed; seconds: median); evaluation windows of "
         f"{evaluation['seqlen']} tokens, text hashes {hashes}; {versions}."
     )
 

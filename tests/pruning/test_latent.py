@@ -24,7 +24,7 @@ def test_latents_start_from_repaired_kept_and_dense_pruned_weights():
 
 
 def test_gradients_reach_pruned_latents_and_add_up():
-    _, masks, weight, latent = make()
+    _, _, weight, latent = make()
     for _ in range(2):
         weight.sum().backward()
         latent.take_gradients()

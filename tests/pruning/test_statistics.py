@@ -5,17 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_model, token_ids
 from torch import nn
 
 from wandapp_kernels.errors import NonFiniteError
-from wandapp_kernels.models.blocks import find_decoder
-from wandapp_kernels.models.workspace import BlockWorkspace
-from wandapp_kernels.pruning.model_gradients import ModelGradients
 from wandapp_kernels.pruning.regional import RegionalGradient
 from wandapp_kernels.pruning.statistics import (
-    MODEL_GRADIENT_L1,
-    MODEL_GRADIENT_L2,
     PROBE_TOKENS,
     InputRecorder,
     LayerStatistics,
@@ -277,57 +271,3 @@ def test_a_non_finite_regional_gradient_names_the_module() -> None:
     with pytest.raises(NonFiniteError, match="of 60 regional gradients of down are NaN or infinite"):
         accumulator.root_mean_square()
     assert not any(parameter.requires_grad for parameter in block.parameters())
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
-def test_model_gradients_equal_per_sample_autograd(arch: str) -> None:
-    model, ids = tiny_model(arch), token_ids(3, 8)
-    decoder, cpu = find_decoder(model), torch.device("cpu")
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    gradients, done = ModelGradients(decoder, [MODEL_GRADIENT_L1, MODEL_GRADIENT_L2]), []
-    gradients.collect(model, ids, cpu, lambda sample, total: done.append((sample, total)))
-    assert done == [(1, 3), (2, 3), (3, 3)]
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-    exact = copy.deepcopy(model).double()
-    exact.set_experts_implementation("eager")  # the default one has no float64
-    block = find_decoder(exact).blocks[1]
-    sums = {which: copy.deepcopy(block).requires_grad_(False) for which in (MODEL_GRADIENT_L1, MODEL_GRADIENT_L2)}
-    for copied in sums.values():
-        for parameter in copied.parameters():
-            parameter.zero_()
-    for sample in ids.split(1):
-        exact.zero_grad(set_to_none=True)
-        exact(input_ids=sample, labels=sample, use_cache=False).loss.backward()
-        for name, parameter in block.named_parameters():
-            if parameter.grad is not None:
-                sums[MODEL_GRADIENT_L1].get_parameter(name).add_(parameter.grad.abs())
-                sums[MODEL_GRADIENT_L2].get_parameter(name).add_(parameter.grad.square())
-    found = gradients.of_block(1, cpu)
-    for which, copied in sums.items():
-        linears = BlockWorkspace(copied, f"{decoder.name}.1", cpu).linears
-        assert linears.keys() == found.keys()
-        for name, linear in linears.items():
-            expected = linear.weight.sqrt() if which == MODEL_GRADIENT_L2 else linear.weight
-            assert found[name][which].dtype == torch.float32
-            torch.testing.assert_close(found[name][which].double(), expected.double(), rtol=1e-3, atol=1e-6)
-
-
-def test_model_gradients_leave_the_model_as_it_was() -> None:
-    model, reference = tiny_model("llama"), tiny_model("llama")
-    gradients = ModelGradients(find_decoder(model), [MODEL_GRADIENT_L2])
-    gradients.collect(model, token_ids(1, 8), torch.device("cpu"), lambda *_: None)
-    gradients.of_block(0, torch.device("cpu"))
-    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(parameter, expected)
-
-
-def test_a_non_finite_model_gradient_names_the_block_and_parameter() -> None:
-    model = tiny_model("llama")
-    decoder = find_decoder(model)
-    with torch.no_grad():
-        decoder.blocks[2].mlp.down_proj.weight[0, 0] = torch.inf
-    gradients = ModelGradients(decoder, [MODEL_GRADIENT_L2])
-    with pytest.raises(NonFiniteError, match=r"gradients of model\.layers\.\d\.\S+\.weight are NaN or infinite"):
-        gradients.collect(model, token_ids(1, 8), torch.device("cpu"), lambda *_: None)

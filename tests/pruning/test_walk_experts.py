@@ -81,9 +81,12 @@ def test_an_expert_is_scored_by_the_tokens_routed_to_it(arch: str) -> None:
         assert layers_of(report)[f"{name}.down_proj"].tokens == len(mine)
 
 
-@pytest.mark.parametrize("arch", CONFIGS)
 @pytest.mark.parametrize(
-    "method", ["wanda", "ria", "gblm", "pruner-zero", "sparsegpt", "admm", "wanda++rgs", "wanda++", "best"]
+    ("arch", "method"),
+    [
+        *(("mixtral", method) for method in ("wanda", "gblm", "sparsegpt", "admm", "wanda++", "best")),
+        ("qwen3_moe", "wanda++rgs"),
+    ],
 )
 def test_a_starved_expert_falls_back_to_magnitude_with_a_warning(arch: str, method: str) -> None:
     model, dense = moe(arch, starve=True), moe(arch, starve=True)
@@ -106,6 +109,17 @@ def test_a_starved_expert_falls_back_to_magnitude_with_a_warning(arch: str, meth
     for layer in model.model.layers:
         for parameter in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
             assert all(satisfies(matrix != 0, TWO_OF_FOUR) for matrix in parameter)
+
+
+def test_magnitude_needs_no_tokens_and_warns_of_nothing() -> None:
+    """Nor has it two ways to prune: an expert without tokens is compared within its matrix as the others are."""
+    model, dense = moe("mixtral", starve=True), moe("mixtral", starve=True)
+    report = walk.prune_blocks(model, IDS, build_settings("magnitude", "0.5"))
+    assert report.warnings == []
+    for number in range(EXPERTS):
+        weight = dense.model.layers[0].mlp.experts.down_proj[number].detach()
+        found = model.model.layers[0].mlp.experts.down_proj[number]
+        assert torch.equal(found, weight * (weight.abs() > weight.abs().median()))
 
 
 def test_a_starved_expert_keeps_its_mask_when_masks_are_chosen_again() -> None:

@@ -104,6 +104,12 @@ def _composition(command: argparse.ArgumentParser) -> None:
     group.add_argument("--x-norm", choices=("sum", "mean"), help="‖X‖ over all tokens, or divided by the samples")
     group.add_argument("--recompute-gradient", action="store_true", help="regional gradient anew before the last prune")
     group.add_argument("--sequential", action="store_true", help="prune the Linears of a block one after the other")
+    group.add_argument(
+        "--self-calibration",
+        type=int,
+        metavar="TOKENS",
+        help="let the dense model write more samples, up to this many tokens",
+    )
     group = command.add_argument_group("regional optimiser")
     group.add_argument("--rounds", type=int, help="K, rounds")
     group.add_argument("--ro-samples", type=int, help="M, samples of a round; 0 for all")
@@ -146,7 +152,7 @@ def changes(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     found: dict[str, Any] = {
         name: value
-        for name in ("score", "update", "regional_optimizer", "preset", "alpha", "x_norm")
+        for name in ("score", "update", "regional_optimizer", "preset", "alpha", "x_norm", "self_calibration")
         if (value := getattr(arguments, name)) is not None
     }
     for name in ("recompute_gradient", "sequential"):

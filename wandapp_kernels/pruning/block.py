@@ -117,8 +117,12 @@ class BlockPruner:
 
     def _first_samples(self) -> range:
         """All samples; one batch where nothing is learnt from them (magnitude) and only the report wants inputs."""
-        blind = not self._criterion.needs and self._update is None and self._settings.optimizer is None
-        return range(min(self._batch, len(self._inputs)) if blind else len(self._inputs))
+        few = self._is_blind and self._settings.optimizer is None
+        return range(min(self._batch, len(self._inputs)) if few else len(self._inputs))
+
+    @property
+    def _is_blind(self) -> bool:
+        return not self._criterion.needs and self._update is None
 
     @property
     def _needs_gradient(self) -> bool:
@@ -176,7 +180,7 @@ class BlockPruner:
     def _prune_linear(self, name: str, weight: torch.Tensor, statistics: LayerStatistics, repair: bool) -> torch.Tensor:
         settings = self._settings
         self.found.notes.pop(name, None)  # an earlier round's
-        if self._is_starved(statistics):
+        if self._is_starved(statistics) and not self._is_blind:
             total = statistics.sequences * self._inputs.tokens_per_sample
             self.found.notes[name] = f"saw {statistics.tokens} of {total} tokens: pruned by magnitude"
             self.found.masks[name] = mask_from_scores(weight.abs(), settings.pattern, settings.group)

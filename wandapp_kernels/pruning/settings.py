@@ -75,6 +75,7 @@ class PruneSettings:
             page takes it once).
         sequential: prune a block's Linears in the order they run, statistics taken anew for each (community code); the
             page takes them once.
+        self_calibration: the dense model writes more samples, until calibration holds at least this many tokens.
         ignore: module names, suffixes or ``re:`` patterns that stay dense.
         seed: of the samples the optimiser draws.
     """
@@ -89,12 +90,15 @@ class PruneSettings:
     x_norm: str = "sum"
     recompute_gradient: bool = False
     sequential: bool = False
+    self_calibration: int = 0
     ignore: tuple[str, ...] = field(default=())
     seed: int = 0
 
     def __post_init__(self) -> None:
         _choice("group", self.group, ("row", "layer"))
         _choice("x_norm", self.x_norm, ("sum", "mean"))
+        if self.self_calibration < 0:
+            raise UsageError(f"self_calibration is {self.self_calibration} tokens; give 0 or more")
         if self.alpha < 0:
             raise UsageError(f"alpha is {self.alpha:g}; it weighs the gradient and cannot be negative")
 

@@ -6,6 +6,7 @@ the block → feed its PRUNED output to the next block.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from wandapp_kernels.pruning.memory import PeakMemory
 from wandapp_kernels.pruning.model_gradients import ModelGradients
 from wandapp_kernels.pruning.precision import fast_products
 from wandapp_kernels.pruning.reports import BlockReport, PruneReport
+from wandapp_kernels.pruning.self_calibration import self_calibration
 from wandapp_kernels.pruning.settings import PruneSettings
 from wandapp_kernels.pruning.statistics import MODEL_GRADIENT_L1, MODEL_GRADIENT_L2, check_weights_finite
 from wandapp_kernels.pruning.stream import Stream, batches
@@ -37,8 +39,12 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the walk is: ``stage`` is ``gradients`` or ``block``; ``loss`` the regional optimiser's, when there is
-    one."""
+    """Where the walk is.
+
+    Attributes:
+        stage: ``writing`` (self-calibration), ``gradients`` (of the whole model) or ``block``.
+        loss: the regional optimiser's, when there is one.
+    """
 
     stage: str
     done: int
@@ -69,6 +75,11 @@ def prune_blocks(
     decoder = find_decoder(model)
     memory = PeakMemory(device)
     report = _empty_report(settings, token_ids, device)
+    missing = math.ceil((settings.self_calibration - token_ids.numel()) / token_ids.shape[1])
+    if missing > 0:
+        written = self_calibration(model, token_ids, missing, seed=settings.seed, device=device)
+        token_ids = torch.cat([token_ids, written])
+        progress(Progress("writing", missing, missing))
     gradients = _dense_gradients(model, decoder, token_ids, settings, device, progress)
     calls = capture(model, decoder, token_ids)
     walk = _Walk(decoder, calls, settings, device, memory, gradients)
