@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.quality import MODEL, PLANS, RESULTS, SEEDS
+from bench import development
+from bench.quality import MODEL, PLANS, RESULTS, SAMPLES, SEEDS, SEQLEN
 from wandapp_kernels.report.tables import human_bytes, number, table
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,22 @@ def _conditions(runs: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def development_table() -> str:
+    """The variants ``best`` was chosen from."""
+    rows = json.loads(development.RESULTS.read_text())
+    conditions = (
+        f"{MODEL}, first {development.BLOCKS} blocks to 2:4, calibration wiki, {SAMPLES} × {SEQLEN} tokens, seed 0; "
+        f"{development.TOKENS} tokens of the development split in windows of {development.WINDOW}."
+    )
+    shown = [[row["variant"], number(row["perplexity"])] for row in rows]
+    return f"{table(['variant', 'perplexity'], shown, markdown=True)}\n\n{conditions}"
+
+
+def any_table(name: str) -> str:
+    """The table a marker names: ``development``, or a pattern."""
+    return development_table() if name == "development" else quality_table(name)
+
+
 def fill(text: str, tables: Callable[[str], str]) -> str:
     """Replace what stands between every pair of markers in ``text``."""
     return MARKERS.sub(lambda found: f"{found[1]}{tables(found[2])}\n{found[3]}", text)
@@ -79,7 +96,7 @@ def fill(text: str, tables: Callable[[str], str]) -> str:
 def main() -> None:
     for page in PAGES:
         path = ROOT / page
-        path.write_text(fill(path.read_text(encoding="utf-8"), quality_table), encoding="utf-8")
+        path.write_text(fill(path.read_text(encoding="utf-8"), any_table), encoding="utf-8")
 
 
 if __name__ == "__main__":

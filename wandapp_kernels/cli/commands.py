@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from wandapp_kernels import api
 from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
@@ -79,8 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     loaded = _load(arguments)
     seqlen = _window(arguments.seqlen, loaded)
     texts = _texts(arguments.text, loaded, arguments.split, arguments.tokens)
-    loaded.model.to(device)
-    measured = score_texts(loaded, texts, seqlen)
+    measured = score_texts(loaded, texts, seqlen, device)
     for result in measured:
         print(
             f"{result.source} ({result.split}): perplexity {number(result.value)} over {result.tokens} tokens "
@@ -164,6 +164,11 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
     return loaded
 
 
+def _tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:
+    assert loaded.tokenizer is not None, "_load refuses a model without one"
+    return loaded.tokenizer
+
+
 def _device(arguments: argparse.Namespace) -> torch.device:
     if arguments.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,7 +184,7 @@ def _device(arguments: argparse.Namespace) -> torch.device:
 def _calibration(arguments: argparse.Namespace, loaded: LoadedModel) -> TokenSet:
     seqlen = _window(arguments.seqlen, loaded)
     return calibration_tokens(
-        loaded.tokenizer, arguments.calibration, samples=arguments.samples, seqlen=seqlen, seed=arguments.seed
+        _tokenizer(loaded), arguments.calibration, samples=arguments.samples, seqlen=seqlen, seed=arguments.seed
     )
 
 
@@ -197,4 +202,5 @@ def _texts(names: str, loaded: LoadedModel, split: Any, tokens: int) -> list[Eva
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if not chosen:
         raise UsageError("--text is empty; name at least one, such as wiki")
-    return [EvaluationText(name, split, evaluation_tokens(loaded.tokenizer, name, split, tokens)[0]) for name in chosen]
+    tokenizer = _tokenizer(loaded)
+    return [EvaluationText(name, split, evaluation_tokens(tokenizer, name, split, tokens)[0]) for name in chosen]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import UsageError
@@ -27,8 +29,12 @@ class EvaluationText:
     ids: torch.Tensor
 
 
-def score_texts(loaded: LoadedModel, texts: Sequence[EvaluationText], seqlen: int) -> list[Perplexity]:
-    """Perplexity of the model on each text, in windows of ``seqlen`` tokens that start with BOS where there is one."""
+def score_texts(
+    loaded: LoadedModel, texts: Sequence[EvaluationText], seqlen: int, device: torch.device
+) -> list[Perplexity]:
+    """Perplexity on each text, in windows of ``seqlen`` tokens that start with BOS if there is one; moves the model."""
+    model: nn.Module = loaded.model
+    model.to(device)
     bos = loaded.tokenizer.bos_token_id if loaded.tokenizer is not None else None
     return [
         perplexity(loaded.model, text.ids, seqlen=seqlen, bos_token_id=bos, source=text.name, split=text.split)
@@ -86,10 +92,9 @@ def compare(
             calibration.ids,
             chosen,
             device=device,
-            progress=lambda where, method=chosen.method: progress(method, where),
+            progress=partial(progress, chosen.method),
         )
-        loaded.model.to(device)
-        entry = _entry(report, score_texts(loaded, texts, eval_seqlen))
+        entry = _entry(report, score_texts(loaded, texts, eval_seqlen, device))
         result["methods"].append(entry)
         keep(result)
         done(chosen.method, entry["perplexity"], report.seconds)
@@ -106,8 +111,7 @@ def _dense_result(
     device: torch.device,
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    dense.model.to(device)
-    measured = score_texts(dense, texts, eval_seqlen)
+    measured = score_texts(dense, texts, eval_seqlen, device)
     return {
         "model": dense.name,
         "dense": {**_figures(measured), "seconds": time.perf_counter() - start},

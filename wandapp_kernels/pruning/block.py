@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -147,7 +148,7 @@ class BlockPruner:
                 chosen = [indices[position] for position in positions]
                 hidden = self._inputs.batch(chosen)
                 if accumulator is not None:
-                    output = accumulator.add(lambda hidden=hidden, chosen=chosen: self._forward(hidden, chosen))
+                    output = accumulator.add(partial(self._forward, hidden, chosen))
                 else:
                     output = self._forward(hidden, chosen)
                 recorder.end_batch(len(chosen))
@@ -242,7 +243,7 @@ class BlockPruner:
         return LatentWeights(self._parameters(), self._dense_weights, self.found.masks, choose)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: linear.weight for name, linear in self._linears.items()}
+        return {name: linear.get_parameter("weight") for name, linear in self._linears.items()}
 
     def layer_reports(self) -> list[LayerReport]:
         """One report per Linear, from the weights the working copy holds now."""

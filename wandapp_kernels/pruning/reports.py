@@ -50,7 +50,13 @@ class BlockReport:
 
 @dataclass
 class PruneReport:
-    """The whole run; ``to_dict()`` is what ``wandapp.json`` holds."""
+    """The whole run; ``to_dict()`` is what ``wandapp.json`` holds.
+
+    Attributes:
+        samples, seqlen: the calibration text given; text_hash is of its token ids.
+        written_samples: how many more the model wrote itself (self-calibration).
+        achieved_sparsity: over the Linears that were to be pruned.
+    """
 
     method: str
     sparsity: str
@@ -61,6 +67,7 @@ class PruneReport:
     seqlen: int
     versions: dict[str, str]
     device: str
+    written_samples: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     achieved_sparsity: float = 0.0

@@ -8,7 +8,10 @@ arXiv 2410.17170). No text from elsewhere is used.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from wandapp_kernels.errors import ModelError
@@ -20,7 +23,7 @@ _BATCH = 64
 
 @torch.no_grad()
 def self_calibration(
-    model: torch.nn.Module, token_ids: torch.Tensor, count: int, *, seed: int, device: torch.device
+    model: nn.Module, token_ids: torch.Tensor, count: int, *, seed: int, device: torch.device
 ) -> torch.Tensor:
     """Sample ``count`` sequences as long as those of ``token_ids [samples, tokens]``; int64 ``[count, tokens]``.
 
@@ -30,7 +33,7 @@ def self_calibration(
     Raises:
         ModelError: the model has no ``generate``.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()):
         raise ModelError(
             f"{type(model).__name__} cannot generate text; set self_calibration to 0 (--self-calibration 0)"
         )
@@ -42,8 +45,9 @@ def self_calibration(
         given = token_ids[i % samples]
         start = int(torch.randint(1, max(length - width, 1) + 1, (), generator=generator))
         prompts.append(torch.cat([given[:1], given[start : start + width - 1]]))
-    home = next(model.parameters()).device
-    model.to(device)
+    whole: nn.Module = model
+    home = next(whole.parameters()).device
+    whole.to(device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -52,11 +56,11 @@ def self_calibration(
                 for i in range(0, count, _BATCH)
             ]
     finally:
-        model.to(home)
+        whole.to(home)
     return torch.cat(written).to(token_ids.device)
 
 
-def _continue(model: PreTrainedModel, prompts: torch.Tensor, length: int) -> torch.Tensor:
+def _continue(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
     return model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),

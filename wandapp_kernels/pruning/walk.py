@@ -79,6 +79,7 @@ def prune_blocks(
     if missing > 0:
         written = self_calibration(model, token_ids, missing, seed=settings.seed, device=device)
         token_ids = torch.cat([token_ids, written])
+        report.written_samples = missing
         progress(Progress("writing", missing, missing))
     gradients = _dense_gradients(model, decoder, token_ids, settings, device, progress)
     calls = capture(model, decoder, token_ids)

@@ -38,7 +38,7 @@ def admm(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian + RHO * identity))
     scaled = weight.float() * norm  # a dead channel's weights become 0
     target, solution, dual = scaled @ hessian, scaled.clone(), torch.zeros_like(scaled)
-    support = mask
+    support = torch.ones_like(scaled, dtype=torch.bool) if mask is None else mask
     ramp = min(MASK_ITERATIONS, iterations)
     for step in range(iterations):
         if mask is None and step < ramp:
@@ -46,7 +46,6 @@ def admm(
         projected = (solution + dual) * support
         dual += solution - projected
         solution = (target + RHO * (projected - dual)) @ inverse
-    assert support is not None
     return Repair((solution + dual) * support / safe, support)
 
 
