@@ -52,7 +52,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "score": "wanda",
         "update": "admm-pcg",
     },
-    "best": {"method": "best"},
+    "best, but 6 rounds and 16,384 tokens": {
+        "method": "best",
+        "self_calibration": 16384,
+        "optimizer": {"rounds": 6},
+    },
 }
 
 
