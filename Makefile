@@ -8,8 +8,8 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint bench quality tables clean
 
 demo: $(READY)
-	$(BIN)/wandapp compare smollm2-135m --methods wanda,wanda++ --sparsity 2:4 --calibration wiki --samples 32 \
-	  --seqlen 128 --ro-samples 16 --text wiki --eval-tokens 4096 --eval-seqlen 512 --out runs/demo --force
+	$(BIN)/wandapp compare smollm2-135m --methods wanda,wanda++ --sparsity 2:4 --calibration wiki --samples 24 \
+	  --seqlen 128 --ro-samples 12 --text wiki --eval-tokens 4096 --eval-seqlen 512 --out runs/demo --force
 
 test: $(READY)
 	$(BIN)/ruff check .
