@@ -68,7 +68,19 @@ def test_prune_records_the_run(pruned: Path, text: str) -> None:
     record = json.loads((pruned / "wandapp.json").read_text())
     assert json.loads((pruned.parent / "report.json").read_text()) == record
     assert set(record) == {
-        *("method", "sparsity", "settings", "seed", "text_hash", "samples", "seqlen", "versions", "device", "seconds"),
+        *(
+            "method",
+            "sparsity",
+            "settings",
+            "seed",
+            "text_hash",
+            "samples",
+            "written_samples",
+            "seqlen",
+            "versions",
+            "device",
+            "seconds",
+        ),
         *("peak_memory_bytes", "achieved_sparsity", "blocks", "warnings", "model", "calibration", "command"),
     }
     assert (record["method"], record["sparsity"], record["seed"], record["model"]) == (

@@ -35,6 +35,22 @@ def test_weights_that_are_not_finite(value: float, method: str) -> None:
         prune(model, method)
 
 
+@pytest.mark.parametrize("method", ["gblm", "best"])
+def test_damage_is_found_before_the_whole_model_runs(method: str) -> None:
+    """Its logits, or its gradients, would only tell that some weight is not finite."""
+    model = llama()
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[:3, 5] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"^3 of 1536 values of model\.layers\.1\.mlp\.up_proj\.weight are NaN"):
+        prune(model, method)
+
+
+def test_logits_that_are_not_finite_while_the_model_writes() -> None:
+    model = llama()
+    model.lm_head.weight.data *= 1e38
+    with pytest.raises(NonFiniteError, match="logits of the dense model are NaN or infinite"):
+        prune(model, "best")
+
+
 def test_a_damaged_weight_that_stays_dense_shows_in_the_next_layers_input() -> None:
     model = llama()
     model.get_parameter("model.layers.0.mlp.up_proj.weight").data[2, 5] = torch.nan

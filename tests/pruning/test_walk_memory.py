@@ -105,6 +105,8 @@ def test_a_blocks_peak_includes_the_passes_before_the_rounds(monkeypatch: pytest
 def test_weights_keep_their_type_and_the_pattern_in_it(method: str, dtype: torch.dtype) -> None:
     model = tiny_model("llama", num_hidden_layers=1).to(dtype)
     few = {"optimizer": {"rounds": 2, "samples": 2}} if METHODS[method].optimizer else {}
+    if METHODS[method].self_calibration:
+        few["self_calibration"] = 40  # of which 24 are given
     report = walk.prune_blocks(model, token_ids(3, 8), build_settings(method, "2:4", **few))
     assert {p.dtype for p in model.parameters()} == {dtype}
     for layer in report.blocks[0].layers:

@@ -29,6 +29,8 @@ def prune(method: str = "wanda", arch: str = "llama", **changes) -> tuple[PreTra
     if changes.get("regional_optimizer", row is not None):
         small = {"rounds": ROUNDS, "samples": 3, "relative_lr": 1e-2}
         changes["optimizer"] = {**small, **changes.get("optimizer", {})}
+    if METHODS[method].self_calibration:
+        changes.setdefault("self_calibration", 0)  # tested elsewhere; slow
     report = walk.prune_blocks(model, IDS, build_settings(method, "2:4", **changes))
     return model, report
 
@@ -245,9 +247,11 @@ def test_settings_of_the_optimizer_change_the_weights_and_not_the_first_mask(cha
 def test_the_optimizer_brings_the_block_nearer_to_the_dense_one() -> None:
     _, plain = prune("wanda")
     _, page = prune("wanda++ro", optimizer={"rounds": 5, "samples": 0, "relative_lr": 1e-3})
-    _, best = prune("best", optimizer={"rounds": 10, "samples": 0})
+    adam = {"mask": "keep", "algorithm": "adam", "schedule": "linear", "batch": 4, "rounds": 40, "samples": 0}
+    _, repaired = prune("sparsegpt")
+    _, best = prune("sparsegpt", regional_optimizer=True, optimizer=adam)
     assert page.blocks[0].output_error < 0.95 * plain.blocks[0].output_error
-    assert best.blocks[0].output_error < 0.7 * plain.blocks[0].output_error
+    assert best.blocks[0].output_error < 0.8 * repaired.blocks[0].output_error
 
 
 def test_layer_group_compares_the_whole_matrix() -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from wandapp_kernels.errors import ModelError
+from wandapp_kernels.errors import ModelError, NonFiniteError
+from wandapp_kernels.models.bundled import quiet_transformers
+from wandapp_kernels.models.capture import evaluating
 
 # Tokens of the given text that a sample starts with: enough to set its subject, few enough to leave room.
 PROMPT_TOKENS = 16
@@ -32,6 +34,7 @@ def self_calibration(
 
     Raises:
         ModelError: the model has no ``generate``.
+        NonFiniteError: the logits are NaN or infinite.
     """
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):
         raise ModelError(
@@ -49,7 +52,8 @@ def self_calibration(
     home = next(whole.parameters()).device
     whole.to(device)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with forked, evaluating(whole), quiet_transformers():
             torch.manual_seed(seed)
             written = [
                 _continue(model, torch.stack(prompts[i : i + _BATCH]).to(device), length)
@@ -61,14 +65,25 @@ def self_calibration(
 
 
 def _continue(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
-    return model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_length=length,
-        max_length=length,
-        pad_token_id=0,
-    )
+    new = length - prompts.shape[1]
+    # every setting that a model's own generation_config may change is given
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": new,
+        "max_new_tokens": new,
+        "pad_token_id": 0,
+    }
+    try:
+        return model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NonFiniteError(
+            "the logits of the dense model are NaN or infinite; load it in float32, or set self_calibration to 0 "
+            "(--self-calibration 0)"
+        ) from error

@@ -75,6 +75,8 @@ def prune_blocks(
     decoder = find_decoder(model)
     memory = PeakMemory(device)
     report = _empty_report(settings, token_ids, device)
+    if settings.self_calibration or _gradient_norms(settings):
+        _check_finite(model)  # the whole model runs: it could only tell that, not where
     missing = math.ceil((settings.self_calibration - token_ids.numel()) / token_ids.shape[1])
     if missing > 0:
         written = self_calibration(model, token_ids, missing, seed=settings.seed, device=device)
@@ -190,12 +192,25 @@ def _dense_gradients(
     device: torch.device,
     progress: Callable[[Progress], None],
 ) -> ModelGradients | None:
-    norms = CRITERIA[settings.criterion].needs & {MODEL_GRADIENT_L1, MODEL_GRADIENT_L2}
+    norms = _gradient_norms(settings)
     if not norms:
         return None
     gradients = ModelGradients(decoder, norms, settings.ignore)
     gradients.collect(model, token_ids, device, lambda done, total: progress(Progress("gradients", done, total)))
     return gradients
+
+
+def _gradient_norms(settings: PruneSettings) -> frozenset[str]:
+    return CRITERIA[settings.criterion].needs & {MODEL_GRADIENT_L1, MODEL_GRADIENT_L2}
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        bad = parameter.numel() - int(torch.isfinite(parameter).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{bad} of {parameter.numel()} values of {name} are NaN or infinite; the checkpoint is damaged"
+            )
 
 
 def _empty_report(settings: PruneSettings, token_ids: torch.Tensor, device: torch.device) -> PruneReport:
