@@ -59,7 +59,7 @@ def test_windows_start_with_bos_and_pack_shuffled_documents(tokenizer, source):
     assert tokens.ids.dtype == torch.int64
     assert (tokens.ids[:, 0] == BOS).all()
     assert not (tokens.ids[:, 1:] == BOS).any()
-    *complete, last = text_of(tokenizer, tokens.ids[:, 1:]).split("<eos>")
+    *complete, last = text_of(tokenizer, tokens.ids[:, 1:]).split("\n\n")
     documents = load_documents(source, "calibration").documents
     assert set(complete) <= set(documents)
     assert len(set(complete)) == len(complete) > 5
@@ -142,7 +142,7 @@ def test_too_small_a_request(tokenizer, source, samples, seqlen, bos, message):
 
 def test_splits_share_no_document(tokenizer, source):
     calibration = calibration_tokens(tokenizer, source, samples=2, seqlen=600).ids[:, 1:]
-    numbers = set(re.findall(r"number (\d+)", text_of(tokenizer, calibration).replace("<eos>", "\n")))
+    numbers = set(re.findall(r"number (\d+)", text_of(tokenizer, calibration)))
     judged = set(re.findall(r"number (\d+)", text_of(tokenizer, evaluation_tokens(tokenizer, source)[0])))
     assert len(numbers) > 30
     assert len(judged) > 5
