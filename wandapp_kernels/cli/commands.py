@@ -36,9 +36,7 @@ from wandapp_kernels.report.tables import (
 def prune(arguments: argparse.Namespace) -> None:
     """``wandapp prune MODEL --out DIR``"""
     check_target(arguments.out, arguments.force)
-    build_settings(
-        arguments.method, arguments.sparsity, **changes(arguments)
-    )  # wrong usage shows before the model loads
+    build_settings(arguments.method, arguments.sparsity, **changes(arguments))  # wrong usage shows at once
     device = _device(arguments)
     loaded = _load(arguments)
     tokens = _calibration(arguments, loaded)
