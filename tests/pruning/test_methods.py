@@ -181,3 +181,8 @@ def test_changes_to_the_optimizer_reach_only_the_methods_that_have_one() -> None
     assert optimized == build_settings("wanda++", "2:4", preset="paper", optimizer={"rounds": 2}, seed=3)
     with pytest.raises(UsageError, match="belong to the regional optimiser, which 'wanda' does not use"):
         build_all(["wanda", "sparsegpt"], "2:4", optimizer={"rounds": 2})
+
+
+def test_a_method_may_be_written_as_in_the_paper():
+    assert build_settings("wanda++ rgs", "2:4") == build_settings("wanda++rgs", "2:4")
+    assert build_settings("wanda++ ro", "2:4").method == "wanda++ro"

@@ -80,6 +80,7 @@ def build_settings(
     Raises:
         UsageError: an unknown name, naming the known ones.
     """
+    method = method.replace("++ ", "++")  # "wanda++ rgs", as the paper writes it
     row = _lookup("method", METHODS, method)
     criterion = score if score is not None else row.criterion
     _lookup("score", CRITERIA, criterion)
