@@ -305,4 +305,4 @@ def test_output_errors_are_those_of_the_pruned_model() -> None:
     hidden = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(IDS)).flatten(0, 1).detach()
     dense_out = hidden @ dense.model.layers[0].self_attn.q_proj.weight.T
     difference = hidden @ model.model.layers[0].self_attn.q_proj.weight.T - dense_out
-    assert q_proj.output_error == pytest.approx(float(difference.norm() / dense_out.norm()), rel=1e-4)
+    assert q_proj.output_error == pytest.approx((difference.norm() / dense_out.norm()).item(), rel=1e-4)

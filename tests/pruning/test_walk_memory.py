@@ -125,6 +125,22 @@ def test_half_precision_masks_are_those_of_the_same_weights_in_fp32() -> None:
     assert min(same) > 0.98  # the stream between the embedding and the block is rounded, the arithmetic is not
 
 
+def test_the_next_block_and_the_report_see_the_weights_as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: dict[str, torch.Tensor] = {}
+
+    class Watched(walk.BlockWorkspace):
+        def run(self, *arguments, **keywords):
+            used.update({name: linear.weight.detach().clone() for name, linear in self.linears.items()})
+            return super().run(*arguments, **keywords)
+
+    monkeypatch.setattr(walk, "BlockWorkspace", Watched)
+    model = tiny_model("llama", num_hidden_layers=2).bfloat16()
+    walk.prune_blocks(model, token_ids(3, 8), build_settings("sparsegpt", "2:4"))  # repairs need more than 8 bits
+    assert len(used) == 14
+    for name, weight in used.items():
+        assert torch.equal(weight, model.get_submodule(name).weight.float()), name
+
+
 def test_dense_outputs_for_the_optimizer_are_not_rounded() -> None:
     stream = Stream([torch.ones(1, 2, 3, dtype=torch.bfloat16)] * 2, torch.device("cpu"))
     value = torch.full((1, 2, 3), 1.0 + 2.0**-20)
