@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wandapp_kernels.checkpoint import atomic
-from wandapp_kernels.checkpoint.atomic import check_target, new_folder, write_text_atomic
+from wandapp_kernels.checkpoint.atomic import check_file, check_target, new_folder, write_text_atomic
 from wandapp_kernels.errors import CheckpointError
 
 
@@ -136,6 +136,18 @@ def test_a_file_in_the_way(tmp_path):
             check_target(tmp_path / "out", force)
     with pytest.raises(CheckpointError, match=r"not a writable folder|cannot be"):
         check_target(tmp_path / "out" / "below")
+
+
+def test_a_file_is_checked_before_it_is_written(tmp_path):
+    (tmp_path / "old.json").write_text("x")
+    for path in ("old.json", "new.json", "below/further/new.json"):
+        check_file(tmp_path / path)
+    check_file("/dev/stdout")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    with pytest.raises(CheckpointError, match="is a folder; name a file"):
+        check_file(tmp_path)
+    with pytest.raises(CheckpointError, match="not a writable folder"):
+        check_file(tmp_path / "old.json" / "below.json")
 
 
 @pytest.mark.parametrize("path", ["/", "/proc"])

@@ -94,6 +94,21 @@ def test_arguments_that_do_not_parse_give_2(arguments: list[str], capsys) -> Non
     assert "usage: wandapp" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["prune", "m", "--out", "o"], ["eval", "m"], ["compare", "m"], ["inspect", "m"]],
+    ids=lambda command: command[0],
+)
+def test_a_report_that_cannot_be_written_stops_before_any_work(
+    command: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for work in ("load_model", "inspect_folder"):
+        monkeypatch.setattr(commands, work, lambda *_, **__: pytest.fail("work was done"))
+    assert main([*command, "--json", str(tmp_path)]) == 1
+    assert "is a folder; name a file to write to" in one_line(capsys)
+
+
 def test_absent_models_and_texts_give_1(tmp_path: Path, capsys) -> None:
     out = ["--out", str(tmp_path / "out")]
     assert main(["prune", str(tmp_path / "nowhere"), *out]) == 1

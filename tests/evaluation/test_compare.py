@@ -61,14 +61,14 @@ def test_the_result_has_the_documented_keys(result: dict, calibration: TokenSet)
     assert set(result) == {
         *("model", "dense", "methods", "seed", "text_hash", "versions", "calibration", "evaluation", "device")
     }
-    assert set(result["dense"]) == {"perplexity", "perplexities", "seconds"}
+    assert set(result["dense"]) == {"perplexity", "perplexities"}
     for entry, method in zip(result["methods"], METHODS, strict=True):
         assert set(entry) == {
             *("method", "sparsity", "achieved_sparsity", "perplexity", "perplexities", "seconds"),
-            *("peak_memory_bytes", "settings", "blocks", "warnings"),
+            *("cpu_seconds", "peak_memory_bytes", "settings", "blocks", "warnings"),
         }
         assert (entry["method"], entry["sparsity"]) == (method, "2:4")
-        assert entry["seconds"] > 0 and entry["peak_memory_bytes"] > 10**6
+        assert entry["seconds"] > 0 and entry["cpu_seconds"] > 0 and entry["peak_memory_bytes"] > 10**6
         assert list(entry["perplexities"]) == ["held out", "other"]
         assert entry["perplexity"] == entry["perplexities"]["held out"]
         assert len(entry["blocks"]) == 4
@@ -142,8 +142,25 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
     whole = run(calibration, texts, METHODS[:2], known=kept[0])
     assert whole["dense"] == kept[0]["dense"]
     assert [e["perplexity"] for e in whole["methods"]] == [-1.0, result["methods"][1]["perplexity"]]
-    with pytest.raises(UsageError, match="was calibrated on text"):
-        run(calibration, texts, METHODS[:2], known={**kept[0], "text_hash": "0" * 16})
+
+
+def test_an_earlier_result_that_was_measured_otherwise_is_refused(
+    result: dict, calibration: TokenSet, texts: list[EvaluationText]
+) -> None:
+    known = json.loads(to_json(result))
+    for change, known_change, what in (
+        ({}, {"text_hash": "0" * 16}, "calibration text"),
+        ({"seed": 8}, {}, "seed"),
+        ({"alpha": 7.0}, {}, "settings of magnitude"),
+        ({"ignore": ("down_proj",)}, {}, "settings of magnitude"),
+        ({}, {"evaluation": {**known["evaluation"], "seqlen": 7}}, "evaluation window"),
+        ({}, {"evaluation": {**known["evaluation"], "texts": known["evaluation"]["texts"][:1]}}, "evaluation texts"),
+    ):
+        with pytest.raises(UsageError, match=f"differs in its {what}"):
+            run(calibration, texts, METHODS, known={**known, **known_change}, **change)
+    assert run(calibration, texts, METHODS, known=known) == known  # nothing is left to do
+    with pytest.raises(UsageError, match="differs in its settings of magnitude"):
+        compare(load, METHODS[:1], "50%", calibration, texts, eval_seqlen=SEQLEN, seed=9, device=CPU, known=known)
 
 
 def test_callbacks_follow_the_work(calibration: TokenSet, texts: list[EvaluationText]) -> None:

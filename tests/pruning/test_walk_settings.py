@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from tiny_models import tiny_model, token_ids
 from transformers import PreTrainedModel
 
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning import walk
 from wandapp_kernels.pruning.criteria import CRITERIA, Criterion
 from wandapp_kernels.pruning.methods import METHODS, build_all, build_settings
@@ -177,6 +180,22 @@ def test_norms_trains_norm_weights_and_biases() -> None:
     ignoring, _ = prune("wanda++ro", "qwen2", optimizer={"norms": True}, ignore=("q_proj",))
     assert {name for name in different(ignoring, tiny_model("qwen2", num_hidden_layers=2)) if "q_proj" in name} == set()
     assert trained_vectors(ignoring) == {name for name in trained_vectors(trained) if "q_proj" not in name}
+
+
+def test_norms_leave_other_vectors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: set[str] = set()
+    write_back = BlockWorkspace.write_back
+
+    def see(workspace: BlockWorkspace, extra: Iterable[str] = ()) -> None:
+        trained.update(extra)
+        write_back(workspace, extra)
+
+    monkeypatch.setattr(BlockWorkspace, "write_back", see)
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.ones(4))
+    few = {"rounds": 1, "samples": 2, "norms": True}
+    walk.prune_blocks(model, IDS, build_settings("wanda++ro", "2:4", optimizer=few))
+    assert trained == {"input_layernorm.weight", "post_attention_layernorm.weight"}
 
 
 def test_norms_reach_the_biases_of_gpt2() -> None:

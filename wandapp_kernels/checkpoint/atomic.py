@@ -50,6 +50,22 @@ def check_target(path: str | Path, force: bool = False) -> None:
         raise CheckpointError(f"{path} cannot be written because {above} is not a writable folder; name another place")
 
 
+def check_file(path: str | Path) -> None:
+    """Check that :func:`write_text_atomic` may write ``path``, before anything expensive is done for it.
+
+    Raises:
+        CheckpointError: ``path`` is a folder, or lies where nothing can be written.
+    """
+    target = Path(path).absolute()
+    if target.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file to write to")
+    if target.exists() and not target.is_file():
+        return  # a pipe or a device
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path} cannot be written because {above} is not a writable folder; name another place")
+
+
 @contextmanager
 def new_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Write a folder that appears at ``path`` complete and flushed to the disk, or not at all.

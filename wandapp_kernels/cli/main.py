@@ -8,7 +8,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from wandapp_kernels.cli import commands
+from wandapp_kernels.checkpoint.atomic import check_file
+from wandapp_kernels.cli import commands, convert, generate
 from wandapp_kernels.cli.arguments import parser
 from wandapp_kernels.errors import UsageError, WandappError
 
@@ -17,6 +18,8 @@ _COMMANDS = {
     "eval": commands.evaluate,
     "compare": commands.compare_methods,
     "inspect": commands.inspect,
+    "convert": convert.run,
+    "generate": generate.run,
 }
 
 
@@ -27,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            if getattr(arguments, "json", None):
+                check_file(arguments.json)
             _COMMANDS[arguments.command](arguments)
         return 0
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from wandapp_kernels.data.calibration import TokenSet
+from wandapp_kernels.data.calibration import TokenSet, token_hash
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import Perplexity, perplexity
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.pruning.methods import build_all
 from wandapp_kernels.pruning.reports import PruneReport
+from wandapp_kernels.pruning.settings import PruneSettings, recorded_settings
 from wandapp_kernels.pruning.walk import Progress, device_name, prune_blocks, versions
 
 
@@ -69,17 +70,18 @@ def compare(
         keep: called with the result so far after each method, to resume from later.
 
     Returns:
-        ``{"model", "dense": {"perplexity", "perplexities", "seconds"}, "methods": [{"method", "sparsity",
-        "achieved_sparsity", "perplexity", "perplexities", "seconds", "peak_memory_bytes", "settings",
-        "blocks", "warnings"}], "seed", "text_hash", "versions", "calibration", "evaluation", "device"}``.
+        ``{"model", "dense": {"perplexity", "perplexities"}, "methods": [{"method", "sparsity",
+        "achieved_sparsity", "perplexity", "perplexities", "seconds", "cpu_seconds", "peak_memory_bytes",
+        "settings", "blocks", "warnings"}], "seed", "text_hash", "versions", "calibration", "evaluation", "device"}``.
         ``perplexity`` is on the first text; ``seconds`` is the pruning alone.
 
     Raises:
-        UsageError: before any work, when one of the methods is unknown or ``known`` is of another calibration text.
+        UsageError: before any work, when one of the methods is unknown or ``known`` was measured otherwise: another
+            calibration or evaluation text, seed, or settings of a method.
     """
     settings = build_all(methods, sparsity, seed=seed, **changes)
-    if known is not None and known["text_hash"] != calibration.text_hash:
-        raise UsageError(f"the earlier result was calibrated on text {known['text_hash']}, not {calibration.text_hash}")
+    if known is not None:
+        _check_known(known, calibration, texts, eval_seqlen, seed, settings)
     result = known or _dense_result(load(), calibration, texts, eval_seqlen, seed, device)
     done("dense", result["dense"]["perplexity"], 0.0)
     finished = {entry["method"] for entry in result["methods"]}
@@ -102,6 +104,35 @@ def compare(
     return result
 
 
+def _check_known(
+    known: dict[str, Any],
+    calibration: TokenSet,
+    texts: Sequence[EvaluationText],
+    eval_seqlen: int,
+    seed: int,
+    settings: Sequence[PruneSettings],
+) -> None:
+    found = {entry["method"]: entry["settings"] for entry in known["methods"]}
+    pairs = [
+        ("calibration text", known["text_hash"], calibration.text_hash),
+        ("seed", known["seed"], seed),
+        ("evaluation window", known["evaluation"]["seqlen"], eval_seqlen),
+        (
+            "evaluation texts",
+            [[text["text"], text["text_hash"]] for text in known["evaluation"]["texts"]],
+            [[text.name, token_hash(text.ids)] for text in texts],
+        ),
+        *(
+            (f"settings of {chosen.method}", found[chosen.method], json.loads(json.dumps(recorded_settings(chosen))))
+            for chosen in settings
+            if chosen.method in found
+        ),
+    ]
+    for what, before, now in pairs:
+        if json.loads(json.dumps(before)) != now:
+            raise UsageError(f"the earlier result differs in its {what}: {before}, now {now}; measure it again")
+
+
 def _dense_result(
     dense: LoadedModel,
     calibration: TokenSet,
@@ -110,11 +141,10 @@ def _dense_result(
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    start = time.perf_counter()
     measured = score_texts(dense, texts, eval_seqlen, device)
     return {
         "model": dense.name,
-        "dense": {**_figures(measured), "seconds": time.perf_counter() - start},
+        "dense": _figures(measured),
         "methods": [],
         "seed": seed,
         "text_hash": calibration.text_hash,
@@ -142,6 +172,9 @@ def _figures(measured: Sequence[Perplexity]) -> dict[str, Any]:
 
 def _entry(report: PruneReport, measured: Sequence[Perplexity]) -> dict[str, Any]:
     recorded = asdict(report)
-    kept = ("method", "sparsity", "achieved_sparsity", "seconds", "peak_memory_bytes", "settings", "warnings")
+    kept = (
+        *("method", "sparsity", "achieved_sparsity", "seconds", "cpu_seconds", "peak_memory_bytes"),
+        *("settings", "warnings"),
+    )
     blocks = [{key: value for key, value in block.items() if key != "layers"} for block in recorded["blocks"]]
     return {**{key: recorded[key] for key in kept}, **_figures(measured), "blocks": blocks}

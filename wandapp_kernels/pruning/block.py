@@ -229,8 +229,12 @@ class BlockPruner:
         self.loss = optimizer.run(self.found.masks, self._reprune)
 
     def _is_trained(self, name: str, parameter: nn.Parameter) -> bool:
-        module = f"{self._workspace.name}.{name.rpartition('.')[0]}"
-        return parameter.dim() == 1 and not matches(module, self._settings.ignore)
+        """Norm weights and the pruned Linears' biases; not routers, attention sinks and the like."""
+        path = name.rpartition(".")[0]
+        module = f"{self._workspace.name}.{path}"
+        if parameter.dim() != 1 or matches(module, self._settings.ignore):
+            return False
+        return module in self._linears or "norm" in type(self._workspace.module.get_submodule(path)).__name__.lower()
 
     def _latent_weights(self) -> LatentWeights:
         """Latents scored by Wanda's ``|θ|·‖X‖``: cheap enough to repeat, whatever criterion chose the first mask."""

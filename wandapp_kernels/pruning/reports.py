@@ -56,6 +56,8 @@ class PruneReport:
         samples, seqlen: the calibration text given; text_hash is of its token ids.
         written_samples: how many more the model wrote itself (self-calibration).
         achieved_sparsity: over the Linears that were to be pruned.
+        seconds: on the clock. cpu_seconds: of this process on all its threads; with one thread, what the run takes on a
+            machine that does nothing else.
     """
 
     method: str
@@ -69,6 +71,7 @@ class PruneReport:
     device: str
     written_samples: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_memory_bytes: int = 0
     achieved_sparsity: float = 0.0
     blocks: list[BlockReport] = field(default_factory=list)

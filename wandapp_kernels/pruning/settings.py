@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.sparsity import Pattern
@@ -30,7 +31,8 @@ class OptimizerSettings:
         target: ``pruned`` compares on the pruned stream (the paper); ``dense`` with the dense model's own block output.
         loss: ``sum`` of squared differences (the paper); ``token`` divides each token's by the energy of its target, so
             that the few tokens with massive activations do not drown the others.
-        norms: also train the block's norm weights and the Linears' biases.
+        norms: also train the block's norm weights and the pruned Linears' biases (a bias that is all zero has no scale
+            to step by and stays zero).
     """
 
     rounds: int = 5
@@ -101,6 +103,11 @@ class PruneSettings:
             raise UsageError(f"self_calibration is {self.self_calibration} tokens; give 0 or more")
         if self.alpha < 0:
             raise UsageError(f"alpha is {self.alpha:g}; it weighs the gradient and cannot be negative")
+
+
+def recorded_settings(settings: PruneSettings) -> dict[str, Any]:
+    """What reports say of the settings: every field, the pattern as text."""
+    return {**asdict(settings), "pattern": str(settings.pattern)}
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from wandapp_kernels.pruning.model_gradients import ModelGradients
 from wandapp_kernels.pruning.precision import fast_products
 from wandapp_kernels.pruning.reports import BlockReport, PruneReport
 from wandapp_kernels.pruning.self_calibration import self_calibration
-from wandapp_kernels.pruning.settings import PruneSettings
+from wandapp_kernels.pruning.settings import PruneSettings, recorded_settings
 from wandapp_kernels.pruning.statistics import MODEL_GRADIENT_L1, MODEL_GRADIENT_L2, check_weights_finite
 from wandapp_kernels.pruning.stream import Stream, batches
 
@@ -71,7 +71,7 @@ def prune_blocks(
     Raises:
         ModelError, NonFiniteError: see ``find_decoder`` and ``statistics``; the model is then partly pruned.
     """
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = find_decoder(model)
     memory = PeakMemory(device)
@@ -96,7 +96,7 @@ def prune_blocks(
         progress(Progress("block", index + 1, len(decoder.blocks), block.loss))
     if not any(block.layers for block in report.blocks):
         raise ModelError("no Linear was pruned: every one matches --ignore")
-    report.seconds = time.perf_counter() - start
+    report.seconds, report.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     report.summarise()
     return report
 
@@ -215,12 +215,10 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _empty_report(settings: PruneSettings, token_ids: torch.Tensor, device: torch.device) -> PruneReport:
-    recorded = asdict(settings)
-    recorded["pattern"] = str(settings.pattern)
     return PruneReport(
         method=settings.method,
         sparsity=str(settings.pattern),
-        settings=recorded,
+        settings=recorded_settings(settings),
         seed=settings.seed,
         text_hash=token_hash(token_ids),
         samples=token_ids.shape[0],
