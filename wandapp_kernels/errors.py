@@ -25,3 +25,11 @@ class NonFiniteError(WandappError):
 
 class CheckpointError(WandappError):
     """A checkpoint folder cannot be written or is not what it claims to be."""
+
+
+class SparsityError(WandappError):
+    """A weight breaks its sparsity pattern, or a compressed weight is not what it claims to be."""
+
+
+class KernelError(WandappError):
+    """A GPU kernel cannot be compiled, loaded or launched with what it was given."""
