@@ -1,0 +1,52 @@
+// What a variant (plain, AVX2, AVX-512) offers for one weight format and element type.
+//
+//   out[m, r] = bias[r] + sum over k of W[r, k] * x[m, k],   accumulated in fp32, rounded once
+//
+// Formats of W [rows, cols]; T is the element type of W, x, bias and out:
+//   dense     values T [rows, cols]
+//   nm        2:4, values T [rows, kept], meta = 2-bit positions, little-endian, every row starts on a byte;
+//             kept = cols / 4 * 2 + min(cols % 4, 2)
+//   nm_pairs  2:4 in blocks of 4 rows, see kernels_avx2.cpp
+//   bitmap    values T [nnz], meta = one bit a column, little-endian, every row starts on a byte;
+//             offsets int64 [rows + 1]
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace wandapp {
+
+enum class Format { dense, nm, nm_pairs, bitmap };
+enum class Type { bf16, fp16, fp32 };
+
+struct Matrix {
+  const void* values;
+  const void* meta;
+  const int64_t* offsets;
+  const void* bias;  // T [rows] or null
+  void* out;         // T [tokens, rows]
+  int64_t rows;
+  int64_t cols;
+};
+
+struct Kernel {
+  // Rows are handed out in multiples of this.
+  int64_t row_multiple;
+  // Bytes of one prepared token.
+  size_t (*token_bytes)(int64_t cols);
+  // Bring one token into the order and type that `run` reads; false when it holds NaN or infinity.
+  bool (*prepare)(const void* token, int64_t cols, void* prepared);
+  // Bytes of 64-byte aligned memory that `run` needs for itself.
+  size_t (*scratch_bytes)(int64_t cols);
+  // Rows [first, last) for `tokens` prepared tokens, which are outputs first_token and following.
+  void (*run)(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t tokens, int64_t first,
+              int64_t last, void* scratch);
+};
+
+// Null where the variant has no kernel for the format.
+const Kernel* plain_kernel(Format format, Type type);
+const Kernel* avx2_kernel(Format format, Type type);
+const Kernel* avx512_kernel(Format format, Type type);
+const Kernel* avx512_bf16_kernel(Format format, Type type);
+
+}  // namespace wandapp

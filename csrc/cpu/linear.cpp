@@ -1,0 +1,160 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "expand.h"
+#include "thread_pool.h"
+
+namespace wandapp {
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr int64_t kMinPieceBytes = 64 << 10;  // below this, waking a thread costs more than it saves
+constexpr int64_t kPiecesPerThread = 4;
+constexpr int64_t kTokenCacheBytes = 256 << 10;  // prepared tokens that stay in the second-level cache
+
+// Memory of this thread that grows and is kept.
+class Buffer {
+ public:
+  void* at_least(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(::operator new(bytes, std::align_val_t(kAlignment)));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+thread_local Buffer tokens_buffer;
+thread_local Buffer scratch_buffer;
+
+struct Piece {
+  const Matrix* matrix;
+  int64_t first, last;
+};
+
+int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+// Bytes of the first `rows` rows.
+int64_t bytes_before(Format format, Type type, const Matrix& matrix, int64_t rows) {
+  const int64_t element = element_size(type);
+  if (format == Format::dense) return rows * matrix.cols * element;
+  if (format == Format::bitmap) return matrix.offsets[rows] * element + rows * ceil_div(matrix.cols, 8);
+  return rows * kept_per_row(matrix.cols) * (4 * element + 1) / 4;
+}
+
+// Pieces of about the same number of bytes, which end at multiples of the kernel's rows.
+std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices,
+                         int threads) {
+  int64_t total = 0;
+  for (const Matrix& matrix : matrices) total += bytes_before(format, type, matrix, matrix.rows);
+  const int64_t wanted = threads == 1 ? 1 : threads * kPiecesPerThread;
+  const int64_t target = std::max<int64_t>(ceil_div(total, wanted), kMinPieceBytes);
+  std::vector<Piece> pieces;
+  for (const Matrix& matrix : matrices) {
+    const int64_t blocks = ceil_div(matrix.rows, kernel.row_multiple);
+    const int64_t bytes = bytes_before(format, type, matrix, matrix.rows);
+    const int64_t count = std::clamp<int64_t>(ceil_div(bytes, target), 1, blocks);
+    int64_t first = 0;
+    for (int64_t i = 1; i <= count; ++i) {
+      int64_t low = first, high = matrix.rows;  // smallest row count with its share of the bytes
+      const int64_t share = bytes / count * i;
+      while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (bytes_before(format, type, matrix, middle) < share) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      const int64_t last =
+          i == count ? matrix.rows : std::min(ceil_div(low, kernel.row_multiple) * kernel.row_multiple, matrix.rows);
+      if (last > first) pieces.push_back({&matrix, first, last});
+      first = last;
+    }
+  }
+  return pieces;
+}
+
+template <class T>
+void expand_rows(Format format, const Matrix& matrix, int64_t first, int64_t last, int64_t start, void* out,
+                 bool to_fp32) {
+  for (int64_t r = first; r < last; ++r) {
+    if (to_fp32) {
+      expand_row<T>(format, matrix, r, static_cast<float*>(out) + (r - start) * matrix.cols);
+    } else {
+      expand_row<T>(format, matrix, r, static_cast<T*>(out) + (r - start) * matrix.cols);
+    }
+  }
+}
+
+}  // namespace
+
+const Kernel* find_kernel(Variant variant, Format format, Type type) {
+  switch (variant) {
+    case Variant::plain:
+      return plain_kernel(format, type);
+#if defined(WANDAPP_HAVE_AVX2)
+    case Variant::avx2:
+      return avx2_kernel(format, type);
+#endif
+#if defined(WANDAPP_HAVE_AVX512)
+    case Variant::avx512:
+      return avx512_kernel(format, type);
+    case Variant::avx512_bf16:
+      return avx512_bf16_kernel(format, type);
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
+            int64_t tokens, int threads) {
+  const int64_t cols = matrices.at(0).cols;
+  const size_t stride = kernel.token_bytes(cols);
+  char* prepared = static_cast<char*>(tokens_buffer.at_least(stride * static_cast<size_t>(tokens)));
+  std::atomic<bool> finite{true};
+  const int64_t token_size = cols * element_size(type);
+  parallel_for(tokens, tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t m) {
+    if (!kernel.prepare(static_cast<const char*>(x) + m * token_size, cols, prepared + m * stride)) finite = false;
+  });
+  if (!finite && format != Format::dense) return false;
+
+  const int64_t fitting = std::max<int64_t>(kTokenCacheBytes / static_cast<int64_t>(stride) / 4 * 4, 8);
+  const std::vector<Piece> pieces = split(kernel, format, type, matrices, threads);
+  parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    void* scratch = scratch_buffer.at_least(kernel.scratch_bytes(cols));
+    for (int64_t m = 0; m < tokens; m += fitting) {
+      kernel.run(*piece.matrix, prepared + m * static_cast<int64_t>(stride), m, std::min(fitting, tokens - m),
+                 piece.first, piece.last, scratch);
+    }
+  });
+  return true;
+}
+
+void decompress(Format format, Type type, const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32,
+                int threads) {
+  constexpr int64_t kRows = 16;
+  parallel_for(ceil_div(last - first, kRows), threads, [&](int64_t i) {
+    const int64_t begin = first + i * kRows;
+    const int64_t end = std::min(begin + kRows, last);
+    if (type == Type::bf16) expand_rows<Bf16>(format, matrix, begin, end, first, out, to_fp32);
+    if (type == Type::fp16) expand_rows<Fp16>(format, matrix, begin, end, first, out, to_fp32);
+    if (type == Type::fp32) expand_rows<float>(format, matrix, begin, end, first, out, to_fp32);
+  });
+}
+
+}  // namespace wandapp

@@ -1,0 +1,99 @@
+// Runs every kernel variant on the cases of a file: AVX-512 emulated, AVX2 where the processor has it. Every buffer is
+// an allocation of its own, so that AddressSanitizer sees each byte read outside.
+//
+// A case: int64 format, type, tokens, rows, cols, finite, then five blobs (x, values, meta, offsets, bias) and two of
+// doubles [tokens, rows]: the exact result and the largest error allowed. A blob is an int64 size and its bytes.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu_features.h"
+#include "linear.h"
+#include "types.h"
+
+namespace {
+
+using namespace wandapp;
+
+struct Blob {
+  std::unique_ptr<char[]> data;
+  int64_t size = 0;
+};
+
+int64_t read_int(std::ifstream& file) {
+  int64_t value = 0;
+  file.read(reinterpret_cast<char*>(&value), sizeof(value));
+  return value;
+}
+
+Blob read_blob(std::ifstream& file) {
+  Blob blob;
+  blob.size = read_int(file);
+  blob.data.reset(new char[static_cast<size_t>(blob.size)]);
+  file.read(blob.data.get(), blob.size);
+  return blob;
+}
+
+double element(Type type, const char* data, int64_t i) {
+  if (type == Type::bf16) return widen(reinterpret_cast<const Bf16*>(data)[i]);
+  if (type == Type::fp16) return widen(reinterpret_cast<const Fp16*>(data)[i]);
+  return reinterpret_cast<const float*>(data)[i];
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  std::ifstream file(arguments[1], std::ios::binary);
+  const int64_t cases = read_int(file);
+  const std::pair<const char*, Variant> variants[] = {{"plain", Variant::plain},
+                                                      {"avx2", Variant::avx2},
+                                                      {"avx512", Variant::avx512},
+                                                      {"avx512_bf16", Variant::avx512_bf16}};
+  int64_t runs = 0, failures = 0;
+  for (int64_t c = 0; c < cases; ++c) {
+    const auto format = static_cast<Format>(read_int(file));
+    const auto type = static_cast<Type>(read_int(file));
+    const int64_t tokens = read_int(file), rows = read_int(file), cols = read_int(file);
+    const bool finite = read_int(file) != 0;
+    const Blob x = read_blob(file), values = read_blob(file), meta = read_blob(file), offsets = read_blob(file),
+               bias = read_blob(file), exact = read_blob(file), allowed = read_blob(file);
+    for (const auto& [name, variant] : variants) {
+      if (variant == Variant::avx2 && !has_avx2()) continue;
+      const Kernel* kernel = find_kernel(variant, format, type);
+      if (kernel == nullptr) continue;
+      std::string first_result;
+      for (int threads = 1; threads <= 3; ++threads) {
+        const int64_t bytes = tokens * rows * (type == Type::fp32 ? 4 : 2);
+        std::string out(static_cast<size_t>(bytes), '\x7f');
+        const Matrix matrix{values.data.get(),
+                            meta.data.get(),
+                            reinterpret_cast<const int64_t*>(offsets.data.get()),
+                            bias.size == 0 ? nullptr : bias.data.get(),
+                            out.data(),
+                            rows,
+                            cols};
+        const bool said_finite = linear(*kernel, format, type, {matrix}, x.data.get(), tokens, threads);
+        ++runs;
+        bool good = said_finite == finite;
+        if (threads == 1) first_result = out;
+        good = good && out == first_result;
+        for (int64_t i = 0; good && finite && i < tokens * rows; ++i) {
+          const double want = reinterpret_cast<const double*>(exact.data.get())[i];
+          const double error = std::abs(element(type, out.data(), i) - want);
+          good = error <= reinterpret_cast<const double*>(allowed.data.get())[i];
+        }
+        if (!good) {
+          ++failures;
+          std::printf("%s, format %d, type %d: %ld tokens, %ld x %ld, %d threads\n", name, static_cast<int>(format),
+                      static_cast<int>(type), tokens, rows, cols, threads);
+        }
+      }
+    }
+  }
+  std::printf("%ld runs, %ld failures\n", runs, failures);
+  return !file || failures != 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+}

@@ -1,0 +1,116 @@
+"""All kernel sources, AVX-512 through its emulation, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("wandapp_kernels._cpu", reason="the compiled CPU kernels are missing")
+import wandapp_kernels.backends.cpu  # noqa: F401  registers the layout nm_pairs
+from tests.csrc_cpu.cpu_cases import FORMATS, TYPES, make_case, write_cases
+
+ROOT = Path(__file__).parents[2] / "csrc"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+FLAGS = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
+EMULATED = ["-DWANDAPP_EMULATE_AVX512"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+HAVE = ["-DWANDAPP_HAVE_AVX512", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
+
+AVX512 = ROOT / "cpu/kernels_avx512.cpp"
+FILES = [
+    (AVX512, [*EMULATED, "-DWANDAPP_AVX512_KERNEL=avx512_kernel", "-DWANDAPP_BF16_DOT=0"]),
+    (AVX512, [*EMULATED, "-DWANDAPP_AVX512_KERNEL=avx512_bf16_kernel", "-DWANDAPP_BF16_DOT=1"]),
+    *([(ROOT / "cpu/kernels_avx2.cpp", AVX2)] if X86 else []),
+    *((ROOT / f"cpu/{name}.cpp", HAVE) for name in ("kernels_plain", "cpu_features", "thread_pool", "linear")),
+    (Path(__file__).with_name("driver.cpp"), HAVE),
+]
+
+
+@pytest.fixture(scope="module")
+def driver(request: pytest.FixtureRequest) -> Path:
+    """The driver; objects are kept in pytest's cache until a source or a flag changes."""
+    folder = Path(request.config.cache.mkdir("csrc_cpu"))
+    headers = b"".join(path.read_bytes() for path in sorted([*ROOT.glob("cpu/*.h"), *ROOT.glob("emulation/avx512*")]))
+
+    def compile_file(task: tuple[Path, list[str]]) -> str:
+        source, flags = task
+        command = [str(COMPILER), *FLAGS, *flags, "-I", str(ROOT / "cpu")]
+        digest = hashlib.sha256(source.read_bytes() + headers + repr(command).encode()).hexdigest()[:20]
+        output = folder / f"{source.stem}-{digest}.o"
+        if not output.exists():
+            partial = output.with_suffix(".partial.o")
+            subprocess.run([*command, "-c", str(source), "-o", str(partial)], check=True)
+            partial.rename(output)
+        return str(output)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_file, FILES))
+    program = folder / ("driver-" + hashlib.sha256(repr(objects).encode()).hexdigest()[:20])
+    if not program.exists():
+        subprocess.run([str(COMPILER), *FLAGS, *objects, "-o", str(program)], check=True)
+    return program
+
+
+def run(driver: Path, path: Path) -> str:
+    done = subprocess.run([str(driver), str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torch.dtype):
+    cases = []
+    for layout in FORMATS:
+        cases += [make_case(layout, dtype, tokens, 6, 36) for tokens in range(1, 18)]
+        cases += [make_case(layout, dtype, 1, 3, columns) for columns in (1, 2, 3, 4, 6, 33, 341, 576, 1000, 4100)]
+        cases += [make_case(layout, dtype, 5, rows, 70, bias=False) for rows in (1, 2, 3, 17, 33)]
+        cases += [make_case(layout, dtype, 3, 4, columns) for columns in (127, 128, 129, 250)]
+        cases.append(make_case(layout, dtype, 64, 5, 70))
+    for density in (0, 0.05, 0.95, 1):
+        cases += [make_case("bitmap", dtype, tokens, 5, 200, density) for tokens in (1, 5)]
+    write_cases(tmp_path / "cases", cases)
+    output = run(driver, tmp_path / "cases")
+    assert output.endswith(" 0 failures\n")
+    # Three thread counts for each case, and at least plain and the two emulated variants for most.
+    assert int(output.rsplit("\n", 2)[-2].split()[0]) >= 3 * 2 * len(cases)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_activations_that_are_not_finite_are_found(driver: Path, tmp_path: Path, value: float):
+    cases = []
+    for layout in FORMATS[1:]:
+        for dtype in TYPES:
+            for column in (0, 17, 69):
+                case = make_case(layout, dtype, 2, 3, 70)
+                case.x[1, column] = value
+                cases.append(case)
+    write_cases(tmp_path / "cases", cases)
+    run(driver, tmp_path / "cases")
+
+
+def test_the_driver_notices_a_wrong_result(driver: Path, tmp_path: Path):
+    case = make_case("nm", torch.float32, 2, 3, 20)
+    case.dense[1, 1] += 1.0
+    write_cases(tmp_path / "cases", [case])
+    done = subprocess.run([str(driver), str(tmp_path / "cases")], capture_output=True, text=True)
+    assert done.returncode != 0 and "plain" in done.stdout and "avx512_bf16" in done.stdout
+
+
+def test_the_driver_notices_a_read_outside(driver: Path, tmp_path: Path):
+    case = make_case("dense", torch.float32, 1, 3, 20)
+    write_cases(tmp_path / "cases", [case])
+    data = bytearray((tmp_path / "cases").read_bytes())
+    data[8 + 24 : 8 + 32] = (9).to_bytes(8, "little")  # more rows than the weight has
+    (tmp_path / "cases").write_bytes(data)
+    done = subprocess.run([str(driver), str(tmp_path / "cases")], capture_output=True, text=True)
+    assert done.returncode != 0 and "AddressSanitizer" in done.stderr
