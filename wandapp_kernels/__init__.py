@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wandapp_kernels.api import evaluate, load, prune, save
+    from wandapp_kernels.api import SparseLinear, desparsify, evaluate, load, prune, save, sparsify
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "evaluate", "load", "prune", "save"]
+__all__ = ["SparseLinear", "__version__", "desparsify", "evaluate", "load", "prune", "save", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python face: load, prune, evaluate, save."""
+"""The Python face: load, prune, evaluate, save, and swap dense layers for sparse ones and back."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from wandapp_kernels.models.load import load_model as load
 from wandapp_kernels.pruning.methods import build_settings
 from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import Progress, prune_blocks
+from wandapp_kernels.runtime.folder import save_compressed
+from wandapp_kernels.runtime.sparse_linear import SparseLinear
+from wandapp_kernels.runtime.swap import SwapReport, desparsify, sparse_layers, sparsify
 from wandapp_kernels.sparsity import Pattern
 
-__all__ = ["LoadedModel", "evaluate", "load", "prune", "save"]
+__all__ = ["LoadedModel", "SparseLinear", "SwapReport", "desparsify", "evaluate", "load", "prune", "save", "sparsify"]
 
 
 def prune(
@@ -54,10 +57,12 @@ def prune(
         What was done to every layer, and what it cost.
 
     Raises:
-        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape or range.
+        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape or range, a swapped model.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
     """
+    if any(sparse_layers(model)):
+        raise UsageError("the model's layers are compressed and cannot be pruned; call desparsify(model) first")
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
     settings = build_settings(method, sparsity, seed=seed, ignore=tuple(ignore), **changes)
     _check_tokens(model, ids)
@@ -73,12 +78,16 @@ def save(
     *,
     force: bool = False,
 ) -> None:
-    """Write model, tokenizer and report to ``folder``: complete or not at all, zeros stored dense.
+    """Write model, tokenizer and report to ``folder``: complete or not at all.
+
+    A dense model is written with its zeros, for every tool to read; a swapped one compressed (``docs/format.md``), for
+    ``load`` to read.
 
     Raises:
         CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
     """
-    save_pruned(model, tokenizer, Path(folder), report.to_dict() if report else {}, force=force)
+    write = save_compressed if any(sparse_layers(model)) else save_pruned
+    write(model, tokenizer, Path(folder), report.to_dict() if report else {}, force=force)
 
 
 def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:

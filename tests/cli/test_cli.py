@@ -80,6 +80,7 @@ def test_prune_records_the_run(pruned: Path, text: str) -> None:
             "versions",
             "device",
             "seconds",
+            "cpu_seconds",
         ),
         *("peak_memory_bytes", "achieved_sparsity", "blocks", "warnings", "model", "calibration", "command"),
     }

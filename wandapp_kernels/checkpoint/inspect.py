@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from wandapp_kernels.checkpoint.compressed import CompressedFolder, is_compressed
+from wandapp_kernels.checkpoint.files import INDEX, read_json, reading, weight_files
 from wandapp_kernels.checkpoint.save import RECORD
 from wandapp_kernels.errors import CheckpointError, UsageError
 from wandapp_kernels.sparsity import Pattern, satisfies
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PATTERNS = (Pattern.parse("2:4"), Pattern.parse("4:8"), Pattern.parse("1:4"))
+
+_STORED_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 # Elements held in memory at once.
 _CHUNK = 2**24
@@ -34,7 +33,7 @@ _TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"}
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
-    """Read a Hugging Face folder without building the model, a part of one tensor at a time.
+    """Read a Hugging Face folder, dense or compressed, without building the model, a part of one tensor at a time.
 
     The linear weights of the decoder blocks are looked at one by one, as ``[out, in]`` whichever way they are stored;
     fused expert weights ``[experts, out, in]`` are one entry each. ``-0.0`` counts as zero. Bytes that a weight of R
@@ -49,8 +48,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         - ``folder``, ``model_type``, ``files`` (``name``, ``bytes``);
         - ``layers``: ``name``, ``shape`` as stored, ``input_dim``, ``dtype``, ``sparsity`` (fraction of zeros),
           ``patterns`` (of 2:4, 4:8 and 1:4 those it satisfies along the input), ``zeros_per_row`` (least, most),
-          ``row_uniform``, ``bytes``, ``would_take`` (bytes as ``2:4`` or None, as ``bitmap``, and the
-          ``smallest`` of these and dense);
+          ``row_uniform``, ``bytes`` as stored, ``dense_bytes``, ``stored`` (the form, in a compressed folder only),
+          ``would_take`` (bytes as ``2:4`` or None, as ``bitmap``, and the ``smallest`` of these and dense);
         - ``totals``: ``parameters``, ``bytes_on_disk`` (weight files), ``dense_bytes`` (their tensors),
           ``would_take_bytes`` (each layer in its smallest form), ``layer_parameters``, ``layer_sparsity``;
         - ``written_by``: ``method``, ``pattern``, ``seed``, ``versions`` of wandapp.json, or None without one;
@@ -64,17 +63,21 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
-    config = _read_json(folder / "config.json")
-    record = _read_json(folder / RECORD) if (folder / RECORD).exists() else None
+    config = read_json(folder / "config.json")
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     claims = _claims(record or {})
-    files = _weight_files(folder)
+    files = weight_files(folder)
     layers: list[dict[str, Any]] = []
     problems: list[str] = []
     seen: dict[str, str] = {}
     checked: set[str] = set()
     parameters = dense_bits = 0
+    compressed = CompressedFolder(folder) if is_compressed(config) else None
+    others = None if compressed is None else set(compressed.other)
     for path, expected in files.items():
         for tensor in _tensors(path, expected):
+            if others is not None and tensor.name not in others:
+                continue
             if tensor.name in seen:
                 raise CheckpointError(f"{tensor.name} is in both {seen[tensor.name]} and {path.name} of {folder}")
             seen[tensor.name] = path.name
@@ -84,17 +87,25 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             checked.update(recorded)
             if recorded or _is_block_linear(tensor):
                 claim = claims[recorded[0]] if recorded else None
-                with _reading(path):
+                with reading(path):
                     layer, found = _look_at(tensor, _input_dim(tensor, config), claim)
                 layers.append(layer)
                 problems += found
+    for tensor, pattern, stored in _compressed_layers(compressed) if compressed is not None else ():
+        claim = next((claims[own] for own in _recorded_names(tensor) if own in claims), None)
+        checked.update(own for own in _recorded_names(tensor) if own in claims)
+        layer, found = _look_at(tensor, 1, claim)
+        layers.append({**layer, "stored": pattern, "bytes": stored})
+        problems += found
+        parameters += tensor.elements
+        dense_bits += tensor.elements * tensor.bits
     if any(name.endswith((".bitmask", ".compressed")) for name in seen):
         problems.append(
             "the weights are in the retired compressed-tensors sparse format (.compressed, .bitmask), which "
             "transformers loads as random values"
         )
     dense_bytes = dense_bits // 8
-    saved = sum(layer["bytes"] - layer["would_take"]["smallest"] for layer in layers)
+    saved = sum(layer["dense_bytes"] - layer["would_take"]["smallest"] for layer in layers)
     inside = sum(_elements(layer["shape"]) for layer in layers)
     zeros = sum(_elements(layer["shape"]) * layer["sparsity"] for layer in layers)
     return {
@@ -116,68 +127,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     }
 
 
-# Files
-
-
-def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """The weight files of the folder, each with the tensors the index says it holds (none without an index)."""
-    if (folder / WEIGHTS).exists():
-        return {_inside(folder, WEIGHTS): set()}
-    if not (folder / INDEX).exists():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        if pickled:
-            raise CheckpointError(
-                f"{folder} has {pickled[0]} but no {WEIGHTS}; load it with transformers where you trust it and save it "
-                "again as safetensors"
-            )
-        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; give the folder of a saved model")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map; download or save the model again")
-    files: dict[Path, set[str]] = {}
-    for tensor, name in weight_map.items():
-        files.setdefault(_inside(folder, name), set()).add(tensor)
-    return dict(sorted(files.items()))
-
-
-def _inside(folder: Path, name: Any) -> Path:
-    """The path of a weight file that must lie in ``folder``, or among the blobs of a snapshot in the hub's cache."""
-    if not isinstance(name, str) or name in ("", "..") or name != Path(name).name or "\\" in name or "\0" in name:
-        raise CheckpointError(
-            f"{INDEX} in {folder} points to {name!r}, which is not a plain file name; do not trust it"
-        )
-    path = folder / name
-    home = folder.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if Path(os.path.realpath(path)).parent not in allowed:  # resolve() raises on a link that leads to itself
-        raise CheckpointError(f"{name} in {folder} is a link that leaves the folder; copy the file into it")
-    if not path.is_file():
-        raise CheckpointError(f"{name} is missing from {folder}; copy or download it again")
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; give the folder of a saved model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); save or download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__} instead of an object; save or download it again"
-        )
-    return content
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} in {path.parent} is not a complete safetensors file ({error}); copy or download it again"
-        ) from error
+# Tensors
 
 
 @dataclass(frozen=True)
@@ -199,7 +149,7 @@ class _Tensor:
 
 
 def _tensors(path: Path, expected: set[str]) -> Iterator[_Tensor]:
-    with _reading(path):
+    with reading(path):
         file = safe_open(path, framework="pt")
     with file:
         names = set(file.keys())
@@ -208,6 +158,14 @@ def _tensors(path: Path, expected: set[str]) -> Iterator[_Tensor]:
         for name in sorted(names):
             slices = file.get_slice(name)
             yield _Tensor(name, tuple(slices.get_shape()), slices.get_dtype(), slices)
+
+
+def _compressed_layers(folder: CompressedFolder) -> Iterator[tuple[_Tensor, str, int]]:
+    """Every compressed weight, decompressed; the form it is stored in, and the bytes it takes there."""
+    for name, form in folder.layers.items():
+        weight = folder.weight(name)
+        dense = weight.decompress()
+        yield _Tensor(f"{name}.weight", form.shape, _STORED_NAMES[form.dtype], dense), form.pattern, weight.nbytes
 
 
 # Layers
@@ -279,6 +237,7 @@ def _look_at(tensor: _Tensor, input_dim: int, claim: str | None) -> tuple[dict[s
         "zeros_per_row": [least, most] if rows else [0, 0],
         "row_uniform": not rows or least == most,
         "bytes": dense,
+        "dense_bytes": dense,
         "would_take": {"2:4": as_24, "bitmap": as_bitmap, "smallest": smallest},
     }
     problems = []

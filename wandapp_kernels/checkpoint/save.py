@@ -60,9 +60,9 @@ def save_pruned(
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            _strip_config(partial / "config.json")
+            strip_config(partial / "config.json")
             (partial / RECORD).write_text(text, encoding="utf-8")
-            _share_modes(partial)
+            share_modes(partial)
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the model could not be written to {folder}: {reason}") from error
@@ -102,7 +102,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _strip_config(path: Path) -> None:
+def strip_config(path: Path) -> None:
+    """Take every key out of a config.json that names a sparse or quantised form."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _FORBIDDEN_KEYS:
@@ -110,7 +111,7 @@ def _strip_config(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _share_modes(folder: Path) -> None:
+def share_modes(folder: Path) -> None:
     """Give every file the permissions config.json got from the umask; safetensors makes its files private."""
     for path in folder.rglob("*"):
         if path.is_file():

@@ -24,6 +24,16 @@ def parser() -> argparse.ArgumentParser:
     _eval(_command(commands, "eval", "perplexity of a model on held-out text"))
     _compare(_command(commands, "compare", "prune with several methods and compare perplexity, time and memory"))
     _inspect(_command(commands, "inspect", "sparsity and pattern of every layer in a folder"))
+    from wandapp_kernels.cli import bench_linear, bench_model, convert, generate, tune  # they need this module's names
+
+    convert.add(_command(commands, "convert", "write a pruned model compressed, or dense again"))
+    generate.add(_command(commands, "generate", "continue a text, with speed and memory"))
+    tune.add(_command(commands, "tune", "measure which kernel is fastest for each of a model's layers"))
+    bench = commands.add_parser("bench", help="measure speed").add_subparsers(
+        dest="bench", required=True, metavar="WHAT"
+    )
+    bench_linear.add(_command(bench, "linear", "one linear dense and sparse, every backend side by side"))
+    bench_model.add(_command(bench, "model", "a pruned model dense and sparse: size, memory, speed, tokens"))
     return top
 
 
@@ -59,6 +69,7 @@ def _compare(command: argparse.ArgumentParser) -> None:
         "--methods", default="magnitude,wanda,sparsegpt,wanda++,best", help="comma-separated (default: %(default)s)"
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html and report.json")
+    command.add_argument("--save", type=Path, metavar="DIR", help="write the model with the lowest perplexity here")
     command.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write report.json here")
     command.add_argument("--text", default="wiki", help="evaluation texts, comma-separated; the first is ranked by")

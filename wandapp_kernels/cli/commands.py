@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from wandapp_kernels.report.tables import (
     number,
     percent,
 )
+from wandapp_kernels.runtime.swap import desparsify
 
 
 def prune(arguments: argparse.Namespace) -> None:
@@ -38,7 +40,7 @@ def prune(arguments: argparse.Namespace) -> None:
     check_target(arguments.out, arguments.force)
     build_settings(arguments.method, arguments.sparsity, **changes(arguments))  # wrong usage shows at once
     device = _device(arguments)
-    loaded = _load(arguments)
+    loaded = _load_dense(arguments)
     tokens = _calibration(arguments, loaded)
     display = ProgressDisplay(arguments.quiet)
     report = api.prune(
@@ -108,8 +110,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def compare_methods(arguments: argparse.Namespace) -> None:
     """``wandapp compare MODEL --methods …``"""
-    if arguments.out:
-        check_target(arguments.out, arguments.force)
+    for folder in (arguments.out, arguments.save):
+        if folder:
+            check_target(folder, arguments.force)
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
     if not methods:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
@@ -121,8 +124,16 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     seqlen = _window(arguments.eval_seqlen, loaded, "--eval-seqlen")
     del loaded
     display = ProgressDisplay(arguments.quiet)
+    keeper = _BestModel(arguments)
+
+    def done(name: str, value: float, seconds: float) -> None:
+        display.line(
+            f"{name}: perplexity {number(value)}" + (f", pruned in {human_seconds(seconds)}" if seconds else "")
+        )
+        keeper.done(name, value)
+
     report = compare(
-        lambda: _load(arguments),
+        keeper.load,
         methods,
         arguments.sparsity,
         tokens,
@@ -131,9 +142,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         device=device,
         progress=display,
-        done=lambda name, value, seconds: display.line(
-            f"{name}: perplexity {number(value)}" + (f", pruned in {human_seconds(seconds)}" if seconds else "")
-        ),
+        done=done,
         ignore=tuple(arguments.ignore),
         **changes(arguments),
     )
@@ -143,8 +152,41 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     if arguments.out:
         write_report(report, arguments.out, force=arguments.force)
         print(f"\nreport: {arguments.out / 'report.html'}")
+    if arguments.save:
+        print(f"{'' if arguments.out else chr(10)}model of {keeper.best}: {arguments.save}")
     if arguments.json:
         write_text_atomic(arguments.json, to_json(report))
+
+
+class _BestModel:
+    """Loads models for a comparison and, with ``--save``, keeps the one with the lowest perplexity on disk."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._arguments = arguments
+        self._latest: LoadedModel | None = None
+        self._lowest = math.inf
+        self.best: str | None = None
+
+    def load(self) -> LoadedModel:
+        self._latest = None  # one model in memory at a time
+        loaded = _load_dense(self._arguments)
+        if self._arguments.save:
+            self._latest = loaded
+        return loaded
+
+    def done(self, method: str, perplexity: float) -> None:
+        """A method has pruned and evaluated the model loaded last."""
+        if self._latest is None or method == "dense" or not perplexity < self._lowest:
+            return
+        asked = self._arguments
+        recorded = {
+            **{"method": method, "sparsity": asked.sparsity, "seed": asked.seed, "model": asked.model},
+            **{"versions": versions(), "perplexity": perplexity, "command": asked.command_line},
+        }
+        force = asked.force or self.best is not None
+        with quiet_transformers():
+            save_pruned(self._latest.model, self._latest.tokenizer, asked.save, recorded, force=force)
+        self.best, self._lowest = method, perplexity
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -159,6 +201,13 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
     loaded = load_model(arguments.model, dtype=arguments.dtype, revision=arguments.revision)
     if loaded.tokenizer is None:
         raise ModelError(f"{arguments.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    return loaded
+
+
+def _load_dense(arguments: argparse.Namespace) -> LoadedModel:
+    """What is to be pruned: a compressed folder is decompressed."""
+    loaded = _load(arguments)
+    desparsify(loaded.model)
     return loaded
 
 

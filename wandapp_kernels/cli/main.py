@@ -9,10 +9,14 @@ import warnings
 from collections.abc import Sequence
 
 from wandapp_kernels.checkpoint.atomic import check_file
-from wandapp_kernels.cli import commands, convert, generate
+from wandapp_kernels.cli import bench_linear, bench_model, commands, convert, generate, tune
 from wandapp_kernels.cli.arguments import parser
 from wandapp_kernels.errors import UsageError, WandappError
 
+_BENCHES = {
+    "linear": bench_linear.run,
+    "model": bench_model.run,
+}
 _COMMANDS = {
     "prune": commands.prune,
     "eval": commands.evaluate,
@@ -20,6 +24,8 @@ _COMMANDS = {
     "inspect": commands.inspect,
     "convert": convert.run,
     "generate": generate.run,
+    "tune": tune.run,
+    "bench": lambda arguments: _BENCHES[arguments.bench](arguments),
 }
 
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from wandapp_kernels.errors import ModelError, UsageError
+from wandapp_kernels.checkpoint.compressed import is_compressed
+from wandapp_kernels.errors import ModelError, UsageError, WandappError
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
 
 _DTYPES = {
@@ -53,6 +54,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a decoder-only language model from safetensors, refusing whatever would not be the model it claims to be.
 
+    A compressed folder (``docs/format.md``) gives a model whose linears are `runtime.SparseLinear`.
+
     `name` is looked up in this order: a bundled model (`BUNDLED`), a local folder, an id of the model hub. Code that
     comes with a checkpoint is never run and pickled weights are never read.
 
@@ -67,6 +70,7 @@ def load_model(
         UsageError: `name` is empty, `dtype` is not one of the above, or `revision` is given for a local model.
         ModelError: the model is absent, unreachable, incomplete, unreadable, quantised, an adapter, an encoder or an
             encoder-decoder.
+        CheckpointError: a compressed folder is not what it claims to be.
     """
     if not name.strip():
         raise UsageError(f"the model's name is empty; {_choices()}")
@@ -82,10 +86,13 @@ def load_model(
     with quiet_transformers(progress=folder is None):
         config = _config(name, source, folder, where)
         _require_decoder_only(name, config)
-        _require_unquantised(name, config)
-        if folder is not None:
-            _require_weights(name, folder, config)
-        model = _model(name, source, folder, config, wanted, where)
+        if is_compressed(config.to_dict()):
+            model = _compressed_model(name, folder, config, wanted)
+        else:
+            _require_unquantised(name, config)
+            if folder is not None:
+                _require_weights(name, folder, config)
+            model = _model(name, source, folder, config, wanted, where)
         words = _tokenizer(name, source, folder, where) if tokenizer else None
     return LoadedModel(model.eval(), words, name, folder)
 
@@ -237,6 +244,21 @@ def _model(
             stacklevel=3,
         )
     return model
+
+
+def _compressed_model(
+    name: str, folder: Path | None, config: PreTrainedConfig, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    from wandapp_kernels.runtime.folder import load_compressed  # the runtime stands above this module
+
+    if folder is None:
+        raise ModelError(f"{name} is a compressed model of wandapp; download its folder and give the path")
+    try:
+        return load_compressed(folder, config, None if isinstance(dtype, str) else dtype)
+    except WandappError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name} cannot be loaded ({_first_line(error)}); check the folder's files") from error
 
 
 def _tokenizer(name: str, source: str, folder: Path | None, where: dict[str, Any]) -> PreTrainedTokenizerBase | None:

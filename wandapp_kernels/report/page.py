@@ -10,6 +10,7 @@ from typing import Any
 from wandapp_kernels.checkpoint.atomic import new_folder
 from wandapp_kernels.checkpoint.save import to_json
 from wandapp_kernels.report.charts import bar_chart, line_chart
+from wandapp_kernels.report.runtime import runtime_section
 from wandapp_kernels.report.tables import NOTHING, comparison_rows, method_labels, number, perplexities
 
 _STYLE = """
@@ -53,7 +54,8 @@ def write_report(report: dict[str, Any], folder: str | Path, *, force: bool = Fa
         report: what a comparison found: ``model``, ``dense`` (``perplexity``: a number, or text -> number), ``methods``
             (``method``, ``sparsity``, ``perplexity``, ``perplexities``, ``seconds``, ``peak_memory_bytes``, ``blocks``
             with ``name`` and ``output_error``, ``warnings``), ``seed``, ``device``, ``versions``, ``calibration``,
-            ``evaluation``, ``text_hash`` and ``command``. All but ``model``, ``dense`` and ``methods`` may be absent.
+            ``evaluation``, ``text_hash``, ``command`` and ``runtime`` (what ``wandapp bench model`` found). All but
+            ``model``, ``dense`` and ``methods`` may be absent.
         folder: absent, empty, or (with ``force``) to be replaced.
 
     Raises:
@@ -71,6 +73,7 @@ def render(report: dict[str, Any]) -> str:
         f'<h1>{escape(title)}</h1>\n<p class="conditions">{escape(_conditions(report))}</p>',
         *_perplexity_charts(report),
         _table(report),
+        runtime_section(report["runtime"]) if report.get("runtime") else "",
         _error_chart(report),
         _warnings(report),
         _facts(report),

@@ -1,0 +1,85 @@
+"""``wandapp bench linear``: the table, the JSON file, the plot."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from wandapp_kernels.cli.bench_linear import Shape, weight_bytes
+from wandapp_kernels.cli.main import main
+from wandapp_kernels.sparsity import BitmapWeight, NMWeight, Pattern
+from wandapp_kernels.sparsity.mask import mask_from_scores
+
+FIELDS = {
+    "n", "k", "m", "sparsity", "dtype", "backend", "us", "gb_per_s", "share_of_copy", "ceiling", "speedup_torch",
+    "speedup_best_dense", "candidates",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """No copies of weights beyond a cache of 64 kB, and measurements that are forgotten."""
+    from wandapp_kernels import dispatch
+    from wandapp_kernels.cli import bench_linear
+    from wandapp_kernels.tuning import measure
+
+    monkeypatch.setenv("WANDAPP_CACHE", str(tmp_path / "cache"))
+    for module in (measure, bench_linear):
+        monkeypatch.setattr(module, "last_level_cache", lambda device: 1 << 16)
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+def test_one_row_for_each_shape_sparsity_and_m(tmp_path, capsys):
+    file = tmp_path / "linear.json"
+    command = "bench linear --shapes 64x128,32x96 --m 1,4 --sparsity 2:4,0.6 --seconds 0 --quiet --json"
+    assert main([*command.split(), str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert {"device", "threads", "versions", "date", "copy_gb_per_s", "rows"} <= set(result)
+    keys = {(row["n"], row["k"], row["m"], row["sparsity"]) for row in result["rows"]}
+    assert keys == {(*shape, m, s) for shape in ((64, 128), (32, 96)) for m in (1, 4) for s in ("2:4", 0.6)}
+    for row in result["rows"]:
+        assert set(row) == FIELDS
+        times = row["candidates"]
+        assert row["backend"] in times and "dense" in times and row["us"] == times[row["backend"]]
+        assert row["speedup_torch"] == pytest.approx(times["dense"] / row["us"], rel=0.2)
+        assert row["speedup_best_dense"] <= row["speedup_torch"]
+        assert row["ceiling"] > 1.5
+    printed = capsys.readouterr().out
+    assert len([line for line in printed.splitlines() if line.startswith(("64x128", "32x96"))]) == 8
+    assert "GB/s" in printed and "× best dense" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shapes", "64"], "not NxK"),
+        (["--shapes", "0x4"], "not NxK"),
+        (["--m", "3"], "powers of two"),
+        (["--m", "one"], "powers of two"),
+        (["--sparsity", "5:4"], "5:4"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, words, capsys):
+    assert main(["bench", "linear", *arguments, "--quiet"]) != 0
+    assert words in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "linear", "--shapes", "8x8", "--plot", str(tmp_path / "plot.svg")]) == 2
+    assert 'pip install "wandapp_kernels[plot]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
+def test_bytes_are_those_of_the_compressed_weight(pattern):
+    import torch
+
+    parsed = Pattern.parse(pattern)
+    dense = torch.randn(32, 100).to(torch.bfloat16) * mask_from_scores(torch.rand(32, 100), parsed)
+    weight = NMWeight.compress(dense, pattern=parsed) if parsed.is_nm else BitmapWeight.compress(dense)
+    assert weight_bytes(Shape(32, 100), parsed, 2) == pytest.approx(weight.nbytes, rel=0.01)
+    assert weight_bytes(Shape(32, 100), None, 2) == weight.dense_nbytes

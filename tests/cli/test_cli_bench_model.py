@@ -1,0 +1,83 @@
+"""``wandapp bench model``: every form of a model, its sizes, speed and tokens; and its place in a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pruned_models import pruned_model
+from tiny_models import tiny_model
+
+from wandapp_kernels.cli import main
+from wandapp_kernels.report.page import write_report
+from wandapp_kernels.runtime.probe import measure_memory
+
+SHORT = ["--prompts", "4,6", "--batch", "1,2", "--new-tokens", "3", "--rounds", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "dense"
+    pruned_model("llama", ("2:4",)).save_pretrained(path)
+    return path
+
+
+def test_the_result(folder: Path, tmp_path: Path, capsys) -> None:
+    report = {"model": "m", "dense": {"perplexity": 2.0}, "methods": []}
+    write_report(report, tmp_path / "report")
+    files = ["--json", str(tmp_path / "found.json"), "--report", str(tmp_path / "report")]
+    command = ["bench", "model", str(folder), *SHORT, "--dtype", "float32,bfloat16", "--no-memory", *files]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    found = json.loads((tmp_path / "found.json").read_text())
+    forms = ["dense float32", "sparse float32", "dense bfloat16", "sparse bfloat16"]
+    assert [(row["name"], row["prompt"], row["batch"]) for row in found["speed"]] == [
+        (form, prompt, batch) for prompt, batch in ((4, 1), (4, 2), (6, 1)) for form in forms
+    ]
+    assert found["layers"]["sparse float32"] == "21 × 2:4" and found["layers"]["dense float32"] == "all layers dense"
+    assert found["disk"]["sparse"] < found["disk"]["dense"] == (folder / "model.safetensors").stat().st_size
+    same = {(entry["dtype"], entry["prompt"], entry["batch"]): entry for entry in found["same_tokens"]}
+    assert len(same) == 6 and all(entry["of"] == 3 for entry in same.values())
+    assert all(entry["same"] == 3 for (dtype, *_), entry in same.items() if dtype == "float32")
+    assert {"device", "threads", "versions", "date", "command", "memory"} <= found.keys()
+    assert "bench: round 6/6" in printed.err and "× fastest dense" in printed.out
+
+    again = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert again == {**report, "runtime": found}
+    html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "dense and sparse</h2>" in html and "sparse bfloat16" in html and "21 × 2:4" in html
+
+
+def test_memory_is_measured_in_a_process_of_its_own(folder: Path) -> None:
+    used = measure_memory(folder, "dense", "float32", [3, 4, 5], 2)
+    size = (folder / "model.safetensors").stat().st_size
+    assert 0.9 * size < used.weights < 1.2 * size
+    assert used.before > 50e6 and 0 < used.load_peak < 100e6
+
+
+def test_a_random_model(tmp_path: Path, capsys) -> None:
+    options = ["--prompts", "4", "--batch", "1", "--new-tokens", "2", "--rounds", "1", "--no-memory", "--quiet"]
+    command = ["bench", "model", "--random", "llama-tiny", "--sparsity", "0.6", *options]
+    assert main([*command, "--json", str(tmp_path / "found.json")]) == 0
+    assert capsys.readouterr().err == ""
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["model"] == "random llama-tiny, 0.6"
+    assert found["layers"]["sparse float32"] == "14 × unstructured"
+
+
+def test_wrong_requests(folder: Path, tmp_path: Path, capsys) -> None:
+    for options, code, message in (
+        ([], 2, "either a model or --random"),
+        ([str(folder), "--random", "llama-tiny"], 2, "either a model or --random"),
+        ([str(folder), "--prompts", "4,x"], 2, "--prompts is"),
+        ([str(folder), "--batch", "0"], 2, "--batch is"),
+        ([str(folder), "--rounds", "0"], 2, "--rounds at least 1"),
+        ([str(folder), "--prompts", "63"], 2, "exceed the context"),
+        ([str(folder), "--report", str(tmp_path / "none"), *SHORT, "--no-memory"], 1, "report.json"),
+    ):
+        assert main(["bench", "model", *options, "--quiet"]) == code
+        assert message in capsys.readouterr().err
+    tiny_model("llama").save_pretrained(tmp_path / "full")
+    assert main(["bench", "model", str(tmp_path / "full"), *SHORT, "--quiet"]) == 1
+    assert "no layer of" in capsys.readouterr().err

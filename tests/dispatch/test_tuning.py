@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import wandapp_kernels.backends as backends
+from tests.fake_backends import PROBLEM, Fake, add, at, remember
+from wandapp_kernels import dispatch
+from wandapp_kernels.backends import base
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.sparsity import BitmapWeight
+from wandapp_kernels.tuning import measure as measuring
+from wandapp_kernels.tuning.store import Measurement, Store, key
+
+# Tuning
+
+
+def test_tuning_measures_everything_that_can_run_and_says_why_the_rest_cannot() -> None:
+    add(
+        Fake("fast-nm", "nm"),
+        Fake("slow-nm", "nm", wait=2e-2),
+        Fake("other-nm", "fake-nm", wait=1e-3),
+        Fake("unfit-nm", "nm", reason="it needs another machine"),
+        Fake("broken-nm", "nm", error="out of registers"),
+        Fake("wrong-nm", "nm", factor=1.5),
+    )
+    found = dispatch.tune([PROBLEM], seconds=0.0)[PROBLEM]
+    assert set(found.times_us) == {
+        "dense", "fast-nm", "slow-nm", "other-nm", "decompress-nm", "decompress-fake-nm"
+    }  # fmt: skip
+    assert found.left_out["unfit-nm"] == "it needs another machine"
+    assert found.left_out["broken-nm"] == "it fails with RuntimeError: out of registers"
+    assert "differs from the dense one" in found.left_out["wrong-nm"]
+    assert "reference" in found.left_out["reference-nm"]
+    assert found.times_us["slow-nm"] > max(20_000, found.times_us["fast-nm"])
+    explained = dispatch.explain(PROBLEM)
+    assert explained.measured_tokens == 1 and explained.times_us[explained.chosen] <= found.times_us["dense"]
+    assert dispatch.choose(PROBLEM, "fake-nm").name in ("other-nm", "decompress-fake-nm")
+
+
+def test_a_slow_dense_product_is_beaten(monkeypatch: pytest.MonkeyPatch) -> None:
+    add(Fake("fast-nm", "nm"))
+    base.BACKENDS["dense"] = Fake("dense", "dense", wait=5e-3)
+    dispatch.tune([PROBLEM], seconds=0.0)
+    assert dispatch.choose_layout(PROBLEM) == "nm"
+
+
+def test_tuning_keeps_what_it_knows_and_counts(tmp_path: Path) -> None:
+    fake = Fake("a-nm", "nm")
+    add(fake)
+    seen: list[tuple[int, int]] = []
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    dispatch.tune([at(1), at(3), at(4)], seconds=0.0, progress=progress)
+    assert seen == [(1, 2), (2, 2)]
+    assert set(fake.calls) == {1, 4}
+    measured = len(fake.calls)
+    dispatch.forget()
+    known = dispatch.tune([at(1), at(4)], seconds=0.0)
+    assert len(fake.calls) == measured and set(known) == {at(1), at(4)}
+    dispatch.tune([at(1)], seconds=0.0, again=True)
+    assert len(fake.calls) > measured
+
+
+def test_frozen_measures_nothing_and_uses_what_is_known() -> None:
+    fake = Fake("a-nm", "nm")
+    add(fake)
+    remember(at(4), {"dense": 2.0, "a-nm": 1.0})
+    with dispatch.frozen():
+        known = dispatch.tune([at(1), at(4)], again=True)
+    assert not fake.calls and set(known) == {at(4)}
+    with dispatch.frozen():
+        assert dispatch.choose(at(4), "nm").name == "a-nm"
+
+
+def test_unstructured_and_dense_problems_are_tuned_too() -> None:
+    add(Fake("a-bitmap", "bitmap"), Fake("b-dense", "dense"))
+    unstructured = dispatch.problem_for(40, 24, "unstructured", 2, torch.bfloat16, density=0.3)
+    stays = dispatch.problem_for(40, 24, "dense", 2, torch.float32)
+    known = dispatch.tune([unstructured, stays], seconds=0.0)
+    assert set(known[unstructured].times_us) == {"dense", "b-dense", "a-bitmap", "decompress-bitmap"}
+    assert set(known[stays].times_us) == {"dense", "b-dense"}
+
+
+def test_modules_that_cannot_be_loaded_are_named_from_the_first_measurement_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "MODULES", ("no_such_library",))
+    monkeypatch.setattr(backends, "_loaded", False)
+    known = dispatch.tune([PROBLEM], seconds=0.0)
+    assert "cannot be imported" in known[PROBLEM].left_out["no_such_library"]
+
+
+def test_the_sample_weight_has_the_problems_density() -> None:
+    unstructured = dispatch.problem_for(200, 300, "unstructured", 2, torch.bfloat16, density=0.3)
+    sample = measuring.sample_weight(unstructured)
+    assert abs(sample.dense.count_nonzero() / sample.dense.numel() - 0.3) < 0.01
+    assert isinstance(sample.compressed, BitmapWeight) and torch.equal(sample.compressed.decompress(), sample.dense)
+
+
+def test_problems_for_other_thread_counts_are_refused() -> None:
+    with pytest.raises(UsageError, match="threads"):
+        dispatch.tune([replace(PROBLEM, threads=PROBLEM.threads + 1)])
+
+
+def test_calls_walk_through_copies_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: set[int] = set()
+
+    class Watching(Fake):
+        def run(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *rest: Any) -> torch.Tensor:
+            places.add(tensors[0].data_ptr())
+            return super().run(x, tensors, *rest)
+
+    add(Watching("a-nm", "nm"))
+    weight = 64 * 32 * 4 // 2 + 64 * 4
+    monkeypatch.setattr(measuring, "last_level_cache", lambda device: weight)
+    dispatch.tune([PROBLEM], seconds=0.0)
+    assert len(places) == 4  # three copies, and the weight that was checked
+
+
+# The cache file
+
+
+def file(tmp_path: Path) -> Path:
+    [path] = (tmp_path / "dispatch").glob("*.json")
+    return path
+
+
+def test_the_file_can_be_read_by_people(tmp_path: Path) -> None:
+    remember(at(3), {"dense": 2.0, "a-nm": 1.5}, {"b-nm": "it needs a GPU"})
+    content = json.loads(file(tmp_path).read_text())
+    assert content["fingerprint"]["torch"] == torch.__version__ and content["fingerprint"]["device"]
+    name = f"nm_linear 2:4 50% 64x32 m4 float32 threads{PROBLEM.threads}"
+    assert key(at(3)) == name
+    assert content["problems"] == {
+        name: {"times_us": {"dense": 2.0, "a-nm": 1.5}, "left_out": {"b-nm": "it needs a GPU"}}
+    }
+
+
+DAMAGED = {
+    "not json": lambda content: "{",
+    "empty": lambda content: "",
+    "a list": lambda content: "[]",
+    "other format": lambda content: json.dumps(content | {"format": 0}),
+    "other device": lambda content: json.dumps(content | {"fingerprint": {"device": "Z80"}}),
+    "no problems": lambda content: json.dumps({name: content[name] for name in ("format", "fingerprint")}),
+    "negative time": lambda content: json.dumps(content).replace("2.0", "-2.0"),
+    "not a number": lambda content: json.dumps(content).replace("2.0", "NaN"),
+    "no times": lambda content: json.dumps(content).replace('{"dense": 2.0, "a-nm": 1.0}', "{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_or_foreign_file_is_ignored_with_one_warning(tmp_path: Path, damage: str) -> None:
+    add(Fake("b-nm", "nm"), Fake("a-nm", "nm"))
+    remember(PROBLEM, {"dense": 2.0, "a-nm": 1.0})
+    assert dispatch.choose(PROBLEM, "nm").name == "a-nm"
+    path = file(tmp_path)
+    path.write_text(DAMAGED[damage](json.loads(path.read_text())))
+    dispatch.forget()
+    with pytest.warns(UserWarning, match=r"the measurements in .* are ignored") as caught:
+        assert dispatch.choose(PROBLEM, "nm").name == "b-nm"
+        assert dispatch.choose(at(2), "nm").name == "b-nm"
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.tune([PROBLEM], seconds=0.0)
+        dispatch.forget()
+        assert dispatch.explain(PROBLEM).measured_tokens == 1
+
+
+def test_two_processes_add_to_one_file() -> None:
+    first, second = Store("cpu"), Store("cpu")
+    first.put({at(1): Measurement({"dense": 1.0}, {})})
+    second.put({at(8): Measurement({"dense": 2.0}, {})})
+    together = Store("cpu")
+    assert together.exact(at(1)) == Measurement({"dense": 1.0}, {})
+    assert together.exact(at(8)) == Measurement({"dense": 2.0}, {})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        dispatch.tune([PROBLEM], seconds=0.0)
+    assert dispatch.explain(PROBLEM).measured_tokens == 1
+
+
+def test_a_cache_folder_that_is_a_file_costs_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "dispatch").write_text("")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        dispatch.tune([PROBLEM], seconds=0.0)
+    assert dispatch.explain(PROBLEM).measured_tokens == 1

@@ -1,0 +1,82 @@
+"""DenseLinear: nn.Linear on another kernel, with the same Parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import tiny_model, token_ids
+from torch import nn
+
+from wandapp_kernels.backends import BACKENDS, DENSE, Backend, load_backends
+from wandapp_kernels.runtime import dense_linear, desparsify, sparsify
+from wandapp_kernels.runtime.dense_linear import DenseLinear, use_dense_kernels, use_torch
+
+
+class Doubling(Backend):
+    """A dense backend for up to 4 tokens that is told apart by its results."""
+
+    name, layout, default_tokens = "test-doubling", DENSE, 4
+
+    def supports(self, problem):
+        return None if problem.dtype == torch.bfloat16 else "only bfloat16"
+
+    def run(self, x, tensors, bias, shape, pattern):
+        return 2 * nn.functional.linear(x, tensors[0], bias)
+
+
+@pytest.fixture
+def doubling(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_backends()
+    for name in [name for name, backend in BACKENDS.items() if backend.layout == DENSE and name != DENSE]:
+        monkeypatch.delitem(BACKENDS, name)
+    monkeypatch.setitem(BACKENDS, "test-doubling", Doubling())
+
+
+def test_few_tokens_at_16_bit_use_a_kernel_meant_for_them(doubling: None) -> None:
+    layer = nn.Linear(8, 6).bfloat16()
+    model = nn.Sequential(copy.deepcopy(layer))
+    assert use_dense_kernels(model) == ["0"] and type(model[0]) is DenseLinear
+    with torch.no_grad():
+        for shape, factor in (((1, 8), 2), ((2, 2, 8), 2), ((8,), 2), ((5, 8), 1), ((2, 8, 8), 1), ((0, 8), 1)):
+            x = torch.randn(shape).bfloat16()
+            assert torch.equal(model(x), factor * layer(x)), shape
+        with pytest.raises(RuntimeError):
+            model(torch.randn(1, 7).bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(torch.ones(1, 8)), layer(torch.ones(1, 8)))
+    x = torch.randn(1, 8).bfloat16().requires_grad_()
+    assert torch.equal(model(x), layer(x))
+    model(x).sum().backward()
+    assert x.grad is not None and model[0].weight.grad is not None
+    use_torch(model)
+    assert type(model[0]) is nn.Linear and model[0].__dict__.keys() == layer.__dict__.keys()
+    with torch.no_grad():
+        assert torch.equal(model(x), layer(x))
+
+
+def test_fp32_keeps_torch_unless_measured(doubling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(8, 6)
+    x, expected = torch.randn(1, 8), None
+    with torch.no_grad():
+        expected = layer(x)
+        use_dense_kernels(model := nn.Sequential(layer))
+        assert torch.equal(model(x), expected)
+        layer.__dict__.pop("_chosen")
+        monkeypatch.setattr(dense_linear.dispatch, "choose", lambda problem, layout: BACKENDS["test-doubling"])
+        assert torch.equal(model(x), 2 * expected)
+
+
+def test_the_swap_and_back() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        expected = model(token_ids(1, 5)).logits
+        sparsify(model)
+        assert type(model.lm_head) is DenseLinear and model.lm_head.weight is model.model.embed_tokens.weight
+        torch.testing.assert_close(model(token_ids(1, 5)).logits, expected, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(model.lm_head, fullgraph=True, backend="aot_eager")
+        x = torch.randn(1, 32)
+        torch.testing.assert_close(compiled(x), nn.functional.linear(x, model.lm_head.weight))
+        desparsify(model)
+    assert type(model.lm_head) is nn.Linear

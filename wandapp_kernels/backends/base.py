@@ -1,0 +1,122 @@
+"""What a backend is: something that can run a sparse linear operator, says when it can, and how."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.sparsity.pattern import Pattern
+
+UNSTRUCTURED = "unstructured"
+
+# Operator, pattern and layout of a weight that is not compressed.
+DENSE_OPERATOR = "linear"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One linear ``[tokens, in_features] → [tokens, out_features]``.
+
+    Attributes:
+        operator: ``"nm_linear"``, ``"bitmap_linear"``, or ``"linear"`` for a weight that stays dense.
+        tokens: M, rows of the activation.
+        out_features: N, rows of the weight.
+        in_features: K, columns of the weight.
+        pattern: ``"2:4"``, … for ``nm_linear``; ``"unstructured"`` for ``bitmap_linear``; ``"dense"`` for ``linear``.
+        density_bucket: kept weights in per cent, rounded to a multiple of 10 (:func:`density_bucket`).
+        dtype: of activation, output and (unless the layout stores int8 or float8) weight.
+        device: ``"cpu"``, ``"cuda:0"``, …
+        threads: ``torch.get_num_threads()`` on a CPU; 0 elsewhere.
+    """
+
+    operator: str
+    tokens: int
+    out_features: int
+    in_features: int
+    pattern: str
+    density_bucket: int
+    dtype: torch.dtype
+    device: str
+    threads: int
+
+    @property
+    def device_type(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self.device.partition(":")[0]
+
+
+def token_bucket(tokens: int) -> int:
+    """The upper end of ``tokens``' bucket: the next power of two."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+def density_bucket(density: float) -> int:
+    """``density`` in per cent to the nearest 10, at least 10 and at most 100."""
+    return min(max(round(density * 10) * 10, 10), 100)
+
+
+class Backend(ABC):
+    """Runs a linear on weights of one layout.
+
+    Attributes:
+        name: unique; what caches and tables call it. Backends of one family share the part before ``-``:
+            ``"cpu-nm"``, ``"cpu-bitmap"``, ``"cpu-dense"``.
+        layout: the layout it reads. ``"dense"`` is the plain weight ``[N, K]`` as the only tensor.
+        default_tokens: without a measurement it is chosen up to this many tokens; decompressing is chosen beyond.
+    """
+
+    name: str
+    layout: str
+    default_tokens: int = 16
+
+    @abstractmethod
+    def supports(self, problem: Problem) -> str | None:
+        """None when :meth:`run` takes this problem, else the reason in one sentence (an absent library is a reason).
+
+        It is asked once per problem, never on the hot path, and must not raise. ``problem.tokens`` is the upper end of
+        a bucket of token counts (:func:`token_bucket`): the answer must hold for every smaller count too.
+        """
+
+    @abstractmethod
+    def run(
+        self,
+        x: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> torch.Tensor:
+        """``x @ Wᵀ + bias``.
+
+        Args:
+            x: ``[M, K]``, contiguous, M ≥ 1.
+            tensors: the weight in the backend's layout, values in x's type, on x's device.
+            bias: ``[N]`` in x's type, or None.
+            shape: ``(N, K)``, both ≥ 1.
+            pattern: n:m, or None for an unstructured or dense weight.
+
+        Returns:
+            ``[M, N]`` in x's type, accumulated in at least float32.
+        """
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Make ``backend`` known under its name. Registering the same class again does nothing.
+
+    Backends that read the same layout are preferred in the order of registration until a measurement says otherwise.
+
+    Raises:
+        UsageError: another backend has the name.
+    """
+    known = BACKENDS.get(backend.name)
+    if known is not None and type(known) is not type(backend):
+        raise UsageError(f"a backend named {backend.name!r} exists already: choose another name")
+    BACKENDS.setdefault(backend.name, backend)

@@ -1,0 +1,36 @@
+"""C++ kernels for the CPU: plain, AVX2, AVX-512; the best that the processor runs, asked when this is imported.
+
+``WANDAPP_CPU_VARIANT`` (``plain``, ``avx2``, ``avx512``, ``avx512_bf16``) forces one.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+try:
+    from wandapp_kernels.backends.cpu import compiled
+except ImportError as error:
+    warnings.warn(
+        f"the compiled CPU kernels are missing ({error}), so sparse layers run slowly: install a C++17 compiler and "
+        "install wandapp_kernels again",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    raise
+
+from wandapp_kernels.backends.base import register_backend
+from wandapp_kernels.backends.cpu.backends import CpuDense, CpuLinear, CpuStrips
+from wandapp_kernels.backends.cpu.pairs import PairsLayout
+from wandapp_kernels.ops.layouts import register_layout
+
+register_layout(PairsLayout())
+NM_LAYOUT = "nm_pairs" if compiled.has_kernel("nm_pairs") and not compiled.has_kernel("nm") else "nm"
+
+DENSE = CpuDense()
+NM = CpuLinear("cpu-nm", "nm_linear", NM_LAYOUT)
+BITMAP = CpuLinear("cpu-bitmap", "bitmap_linear", "bitmap")
+
+for backend in (NM, CpuStrips(NM), BITMAP, CpuStrips(BITMAP), DENSE):
+    register_backend(backend)
+
+__all__ = ["BITMAP", "DENSE", "NM", "NM_LAYOUT", "CpuDense", "CpuLinear", "CpuStrips", "PairsLayout", "compiled"]

@@ -1,0 +1,139 @@
+"""The backends over the compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from wandapp_kernels.backends.base import DENSE, DENSE_OPERATOR, Backend, Problem
+from wandapp_kernels.backends.cpu import compiled
+from wandapp_kernels.sparsity.pattern import Pattern
+
+# A matrix of run_many: tensors in the backend's layout, bias, (N, K).
+Matrix = tuple[Sequence[torch.Tensor], torch.Tensor | None, tuple[int, int]]
+
+_UNLIMITED = 1 << 40
+_STRIP_BYTES = 8 << 20
+
+
+class CpuLinear(Backend):
+    """A kernel of one sparse layout: fp32 accumulation, any shape, the same result with any number of threads."""
+
+    def __init__(self, name: str, operator: str, layout: str):
+        self.name = name
+        self.operator = operator
+        self.layout = layout
+        # Beyond, a dense library with native bf16 is faster; without one, these kernels are at any number of tokens.
+        self.default_tokens = 64 if compiled.has_fast_bf16_gemm() else _UNLIMITED
+
+    def supports(self, problem: Problem) -> str | None:
+        return _reason(problem, self.operator)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> torch.Tensor:
+        return self.run_many(x, [(tensors, bias, shape)])[0]
+
+    def run_many(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+        """Several matrices that share the input ``x [M, K]`` (q, k, v; gate, up) in one call: one ``[M, N]`` each.
+
+        The threads are woken once and x is prepared once.
+        """
+        outputs = compiled.linear(self.layout, x, matrices)
+        if outputs is not None:
+            return outputs
+        # x holds NaN or infinity: a dense linear also multiplies it with the zeros.
+        return [_by_strips(x, self.layout, tensors, bias, shape) for tensors, bias, shape in matrices]
+
+
+class CpuStrips(Backend):
+    """Decompress a strip of rows into scratch that fits the cache, multiply it with the dense library, next strip.
+
+    For many tokens: decompressing costs one pass over the weight. Where the processor has no bf16 instructions the
+    strip is widened to fp32, which the dense library multiplies several times faster.
+    """
+
+    def __init__(self, kernel: CpuLinear):
+        self.name = f"{kernel.name}-strips"
+        self.operator = kernel.operator
+        self.layout = kernel.layout
+        self.default_tokens = _UNLIMITED
+
+    def supports(self, problem: Problem) -> str | None:
+        return _reason(problem, self.operator)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> torch.Tensor:
+        return _by_strips(x, self.layout, tensors, bias, shape)
+
+
+class CpuDense(Backend):
+    """The dense kernel, written as the sparse ones: what they are compared with, and what dense layers should use."""
+
+    name = "cpu-dense"
+    layout = DENSE
+    default_tokens = 16
+
+    def supports(self, problem: Problem) -> str | None:
+        return _reason(problem, DENSE_OPERATOR, also=problem.operator)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> torch.Tensor:
+        return self.run_many(x, [(tensors, bias, shape)])[0]
+
+    def run_many(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+        """Several dense matrices that share the input ``x [M, K]`` in one call: one ``[M, N]`` each."""
+        outputs = compiled.linear(DENSE, x, matrices)
+        assert outputs is not None, "dense kernels take any x"
+        return outputs
+
+
+def _reason(problem: Problem, operator: str, also: str | None = None) -> str | None:
+    if problem.device_type != "cpu":
+        return f"it runs on the CPU, not on {problem.device}"
+    if problem.operator not in (operator, also):
+        return f"it runs {operator}, not {problem.operator}"
+    if problem.dtype not in compiled.TYPES:
+        return f"it takes bf16, fp16 and fp32, not {problem.dtype}"
+    if operator == "nm_linear" and problem.pattern != "2:4":
+        return f"its kernel is for 2:4, not for {problem.pattern}"
+    return None
+
+
+def _by_strips(
+    x: torch.Tensor,
+    layout: str,
+    tensors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    rows, columns = shape
+    wide = x.dtype if compiled.has_fast_bf16_gemm() and x.dtype == torch.bfloat16 else torch.float32
+    x_wide = x.to(wide)
+    bias_wide = None if bias is None else bias.to(wide)
+    step = max(64, _STRIP_BYTES // (columns * wide.itemsize))
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        strip = compiled.decompress(layout, tensors, shape, first, last, wide)
+        out[:, first:last] = functional.linear(x_wide, strip, None if bias_wide is None else bias_wide[first:last])
+    return out

@@ -1,0 +1,177 @@
+"""The compiled module behind torch tensors: types, addresses, and every check that keeps a kernel inside its memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from wandapp_kernels import _cpu  # type: ignore[attr-defined]
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.sparsity.nm_weight import kept_per_row
+from wandapp_kernels.sparsity.pattern import Pattern
+
+VARIABLE = "WANDAPP_CPU_VARIANT"
+TWO_FOUR = Pattern.parse("2:4")
+
+TYPES = {torch.bfloat16: _cpu.Type.bf16, torch.float16: _cpu.Type.fp16, torch.float32: _cpu.Type.fp32}
+FORMATS = {
+    "dense": _cpu.Format.dense,
+    "nm": _cpu.Format.nm,
+    "nm_pairs": _cpu.Format.nm_pairs,
+    "bitmap": _cpu.Format.bitmap,
+}
+
+# Rows of a block, columns of a chunk and of a tile of the layout nm_pairs (csrc/cpu/kernels_avx2.cpp).
+PAIRS_ROWS, PAIRS_CHUNK, PAIRS_TILE = 4, 16, 128
+
+
+def choose_variant(wanted: str | None = None) -> str:
+    """The variant to run: ``wanted``, else that of ``WANDAPP_CPU_VARIANT``, else the best the processor runs.
+
+    Raises:
+        UsageError: the processor, or the compiler that built the package, does not have it.
+    """
+    available = [name for name, _ in _cpu.variants()]
+    wanted = wanted or os.environ.get(VARIABLE) or available[0]
+    if wanted not in available:
+        raise UsageError(f"{VARIABLE} is {wanted!r}, but this machine runs only: {', '.join(available)}")
+    return wanted
+
+
+_variant_name = choose_variant()
+_variant = dict(_cpu.variants())[_variant_name]
+
+
+def variant() -> str:
+    """The name of the variant in use."""
+    return _variant_name
+
+
+def use_variant(name: str | None) -> str:
+    """Run this variant from now on (None: as at the start); returns the one used before. For tests and comparisons."""
+    global _variant, _variant_name
+    before = _variant_name
+    _variant_name = choose_variant(name)
+    _variant = dict(_cpu.variants())[_variant_name]
+    return before
+
+
+def has_kernel(layout: str) -> bool:
+    """Whether the variant in use was written for this layout. (The plain one reads all, slowly.)"""
+    if _variant_name == "plain":
+        return layout != "nm_pairs"
+    return _cpu.has_kernel(_variant, FORMATS[layout], _cpu.Type.bf16)
+
+
+def has_fast_bf16_gemm() -> bool:
+    """Whether dense libraries multiply bf16 natively here (AMX-BF16, AVX512-BF16)."""
+    return _cpu.has_fast_bf16_gemm()
+
+
+def linear(
+    layout: str,
+    x: torch.Tensor,
+    matrices: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None, tuple[int, int]]],
+) -> list[torch.Tensor] | None:
+    """``x @ Wᵀ + bias`` for every matrix, in one call of the compiled module.
+
+    Args:
+        layout: of all matrices.
+        x: ``[M, K]`` of a type in ``TYPES``, M ≥ 1.
+        matrices: (tensors, bias, (N, K)) of each; values and bias in x's type.
+
+    Returns:
+        One ``[M, N]`` for each matrix; None when x holds NaN or infinity and the layout is sparse, for then removed
+        weights matter (0 · NaN is NaN).
+
+    Raises:
+        UsageError: types, shapes or sizes do not fit together.
+    """
+    if x.dtype not in TYPES or x.dim() != 2 or x.device.type != "cpu":
+        raise UsageError(f"the CPU kernels take x [M, K] in bf16, fp16 or fp32 on the CPU, not {x.dtype} {x.shape}")
+    x = x.contiguous()
+    tokens, columns = x.shape
+    outputs, arguments, alive = [], [], []
+    for tensors, bias, (rows, width) in matrices:
+        if width != columns:
+            raise UsageError(f"x has {columns} columns, but the weight has in_features = {width}")
+        values, meta, offsets, kept = addresses(layout, tensors, (rows, width), x.dtype)
+        if bias is not None:
+            if bias.dtype != x.dtype or bias.shape != (rows,):
+                raise UsageError(f"bias is {bias.dtype} {tuple(bias.shape)}, but {x.dtype} {(rows,)} is needed")
+            bias = bias.contiguous()
+        out = torch.empty((tokens, rows), dtype=x.dtype)
+        arguments.append((values, meta, offsets, 0 if bias is None else bias.data_ptr(), out.data_ptr(), rows))
+        outputs.append(out)
+        alive.append((kept, bias))
+    finite = _cpu.linear(
+        _variant, FORMATS[layout], TYPES[x.dtype], x.data_ptr(), tokens, columns, arguments, torch.get_num_threads()
+    )
+    return outputs if finite else None
+
+
+def decompress(
+    layout: str,
+    tensors: Sequence[torch.Tensor],
+    shape: tuple[int, int],
+    first: int = 0,
+    last: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Rows ``first`` to ``last`` of the dense weight, bit for bit; ``dtype`` may be float32, which widens exactly."""
+    own = tensors[0].dtype
+    dtype = dtype or own
+    if own not in TYPES or dtype not in (own, torch.float32):
+        raise UsageError(f"the CPU kernels decompress bf16, fp16 and fp32 to themselves or fp32, not {own} to {dtype}")
+    rows, columns = shape
+    last = rows if last is None else last
+    values, meta, offsets, kept = addresses(layout, tensors, shape, own)
+    out = torch.empty((last - first, columns), dtype=dtype)
+    matrix = (values, meta, offsets, 0, out.data_ptr(), rows)
+    widen = dtype != own
+    threads = torch.get_num_threads()
+    _cpu.decompress(FORMATS[layout], TYPES[own], matrix, columns, first, last, widen, threads)
+    del kept
+    return out
+
+
+def addresses(
+    layout: str, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[int, int, int, list[torch.Tensor]]:
+    """Addresses of values, positions and offsets (0: none), and the tensors to keep alive meanwhile.
+
+    Raises:
+        UsageError: a tensor has the wrong type or number of elements for the shape, or is not on the CPU.
+    """
+    rows, columns = shape
+    chunks, tiles = -(-columns // PAIRS_CHUNK), -(-columns // PAIRS_TILE)
+    blocks = -(-rows // PAIRS_ROWS)
+    if layout == "dense":
+        expected = [(dtype, rows * columns)]
+    elif layout == "nm":
+        kept_columns = kept_per_row(columns, TWO_FOUR)
+        expected = [(dtype, rows * kept_columns), (torch.uint8, rows * -(-kept_columns // 4))]
+    elif layout == "nm_pairs":
+        expected = [(dtype, blocks * chunks * 32), (torch.int32, blocks * tiles * 16)]
+        # The order of the values depends on the type they were packed in, and the number of dimensions tells it.
+        if (dtype == torch.bfloat16) != (tensors[0].dim() == 5):
+            raise UsageError("the type of a layer's values changed after they were packed: swap the layer again")
+    else:
+        expected = [(dtype, tensors[0].numel()), (torch.uint8, rows * -(-columns // 8)), (torch.int64, rows + 1)]
+    if len(tensors) != len(expected):
+        raise UsageError(f"layout {layout!r} has {len(expected)} tensors, not {len(tensors)}")
+    kept, found = [], [0, 0, 0]
+    for i, (tensor, (kind, size)) in enumerate(zip(tensors, expected, strict=True)):
+        if tensor.dtype != kind or tensor.numel() != size or tensor.device.type != "cpu":
+            raise UsageError(
+                f"tensor {i} of layout {layout!r} is {tensor.dtype} with {tensor.numel()} elements on {tensor.device}, "
+                f"but a weight {rows} × {columns} needs {kind} with {size} on the CPU"
+            )
+        tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
+        kept.append(tensor)
+        found[i] = tensor.data_ptr()
+    if layout == "bitmap" and int(kept[2][-1]) != kept[0].numel():
+        raise UsageError(f"row_offsets ends at {int(kept[2][-1])}, but there are {kept[0].numel()} values")
+    return found[0], found[1], found[2], kept

@@ -1,0 +1,111 @@
+"""``wandapp generate MODEL``: text from a model, with its speed and memory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wandapp_kernels.checkpoint.atomic import write_text_atomic
+from wandapp_kernels.checkpoint.save import to_json
+from wandapp_kernels.cli.arguments import MODEL_HELP
+from wandapp_kernels.errors import ModelError, UsageError
+from wandapp_kernels.evaluation.perplexity import context_length
+from wandapp_kernels.models.bundled import quiet_transformers
+from wandapp_kernels.models.load import LoadedModel, load_model
+from wandapp_kernels.report.tables import human_bytes, human_seconds, number
+from wandapp_kernels.runtime.generation import generate_timed
+from wandapp_kernels.runtime.memory import peak_bytes, resident_bytes
+from wandapp_kernels.runtime.prepare import BACKEND_CHOICES, prepare, weight_bytes
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    command.add_argument("model", help=MODEL_HELP)
+    command.add_argument("--prompt", required=True, help="the text to continue")
+    command.add_argument("--max-new-tokens", type=int, default=64, help="at most (default: %(default)s)")
+    command.add_argument(
+        "--backend",
+        default="auto",
+        choices=BACKEND_CHOICES,
+        help="auto: sparse layers, the fastest kernel for each; dense: zeros multiplied; cpu, reference: only that one",
+    )
+    command.add_argument("--cache", default="dynamic", choices=("dynamic", "static"), help="key/value cache")
+    command.add_argument("--tune", action="store_true", help="measure the kernels for this model's shapes first")
+    command.add_argument("--dtype", default="auto", help="load weights as float32, bfloat16, … (default: as stored)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, swap, generate."""
+    loaded = load_model(arguments.model, dtype=arguments.dtype)
+    ids = _prompt(arguments, loaded)
+    prepared = prepare(loaded.model, arguments.backend, tune=arguments.tune)
+    printer = _Printer(loaded.tokenizer)
+    with quiet_transformers(), prepared.running():
+        done = generate_timed(
+            loaded.model, ids, arguments.max_new_tokens, cache=arguments.cache, on_token=lambda token: printer(token)
+        )
+    printer.close()
+    found = {
+        "model": arguments.model,
+        "backend": arguments.backend,
+        "layers": prepared.layers,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "prompt_tokens": ids.shape[1],
+        "tokens": done.tokens[0].tolist(),
+        "ttft_s": done.ttft,
+        "tokens_per_second": done.tokens_per_second,
+        "tokens_per_cpu_second": done.tokens_per_cpu_second,
+        "weight_bytes": weight_bytes(loaded.model),
+        "resident_bytes": resident_bytes(),
+        "peak_bytes": peak_bytes(),
+    }
+    print(
+        f"\n{found['dtype']}, {prepared.layers}, {arguments.backend} backend, {found['threads']} threads\n"
+        f"{ids.shape[1]} prompt tokens, first token after {human_seconds(done.ttft)}; "
+        f"{done.tokens.shape[1]} new tokens, {number(done.tokens_per_second)} tokens/s\n"
+        f"memory: weights {human_bytes(found['weight_bytes'])}, resident {human_bytes(found['resident_bytes'])}, "
+        f"peak {human_bytes(found['peak_bytes'])}"
+    )
+    if arguments.json:
+        write_text_atomic(arguments.json, to_json(found))
+
+
+def _prompt(arguments: argparse.Namespace, loaded: LoadedModel) -> torch.Tensor:
+    if loaded.tokenizer is None:
+        raise ModelError(f"{arguments.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    ids = loaded.tokenizer(arguments.prompt, return_tensors="pt")["input_ids"]
+    assert isinstance(ids, torch.Tensor)
+    if not ids.numel():
+        raise UsageError("--prompt is empty; give some text to continue")
+    context = context_length(loaded.model)
+    if arguments.max_new_tokens < 1 or (context is not None and ids.shape[1] + arguments.max_new_tokens > context):
+        room = "" if context is None else f" to {context - ids.shape[1]}, which the prompt leaves of the context"
+        raise UsageError(f"--max-new-tokens is {arguments.max_new_tokens}, but must be 1{room}")
+    return ids
+
+
+class _Printer:
+    """Prints text as far as it is certain: a character may take several tokens."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def __call__(self, token: torch.Tensor) -> None:
+        self._ids.append(int(token[0]))
+        text = self._text()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[self._shown :], end="", flush=True)
+            self._shown = len(text)
+
+    def close(self) -> None:
+        print(self._text()[self._shown :])
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)

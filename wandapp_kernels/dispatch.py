@@ -1,0 +1,312 @@
+"""Which backend runs a sparse linear: the fastest that was measured, or without a measurement a fixed rule.
+
+Importing this module installs its runner under the operators. Nothing is measured unless :func:`tune` is called. A call
+of an operator looks its backend up in a dict; files are read once per device, when the first problem of it appears.
+
+The rule without a measurement: the first backend made for the layout that takes the problem and whose
+``default_tokens`` is not passed, else decompress and multiply. See ``docs/dispatch.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from wandapp_kernels.backends import (
+    BACKENDS,
+    DENSE,
+    DENSE_OPERATOR,
+    UNAVAILABLE,
+    UNSTRUCTURED,
+    Backend,
+    DecompressBackend,
+    Problem,
+    backends_of,
+    density_bucket,
+    layouts_of,
+    load_backends,
+    token_bucket,
+)
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.ops.layouts import CANONICAL, get_layout
+from wandapp_kernels.ops.running import parse_pattern, set_runner
+from wandapp_kernels.tuning.measure import SampleWeight, measure, sample_weight
+from wandapp_kernels.tuning.store import Measurement, Store
+
+_stores: dict[str, Store] = {}
+_memo: dict[tuple[Any, ...], Backend] = {}
+_frozen = False
+_family: str | None = None
+
+
+def problem_for(
+    out_features: int,
+    in_features: int,
+    pattern: str,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    density: float | None = None,
+) -> Problem:
+    """The problem of one linear, as it would run in this process now.
+
+    Args:
+        out_features: N.
+        in_features: K.
+        pattern: n:m; ``"unstructured"``, with ``density``; or ``"dense"`` for a weight that stays dense.
+        tokens: M.
+        dtype: of activation and weight.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:0"``.
+        density: the fraction kept; n:m and dense weights have their own.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    if pattern == DENSE:
+        operator, density = DENSE_OPERATOR, 1.0
+    elif pattern == UNSTRUCTURED:
+        operator = "bitmap_linear"
+    else:
+        operator, parsed = "nm_linear", parse_pattern(pattern)
+        density = parsed.n / parsed.m if parsed is not None and parsed.is_nm else None
+    if density is None:
+        raise UsageError(f"a problem with the pattern {pattern!r} needs a density (or n:m, such as 2:4)")
+    threads = torch.get_num_threads() if place.type == "cpu" else 0
+    return Problem(
+        operator, tokens, out_features, in_features, pattern, density_bucket(density), dtype, str(place), threads
+    )
+
+
+def choose(problem: Problem, layout: str) -> Backend:
+    """The backend that runs ``problem`` on a weight held in ``layout``; never fails for a known layout.
+
+    Raises:
+        UsageError: the layout is unknown, or is for another operator.
+    """
+    problem = replace(problem, tokens=token_bucket(problem.tokens))
+    if layout != DENSE and _operator_of(layout) != problem.operator:
+        raise UsageError(f"layout {layout!r} is for {_operator_of(layout)}, not for {problem.operator}")
+    usable = [backend for backend in backends_of(layout) if backend.supports(problem) is None]
+    if _family is not None:
+        usable = [backend for backend in usable if _in_family(backend.name)] or _fallback(usable)
+    within = [backend for backend in usable if problem.tokens <= backend.default_tokens]
+    found, _ = _store(problem.device).nearest(problem)
+    timed = [backend for backend in usable if found is not None and backend.name in found.times_us]
+    if found is not None and timed:
+        times = found.times_us
+        return min(timed, key=lambda backend: times[backend.name])
+    return (within or _fallback(usable) or usable)[0]
+
+
+def choose_layout(problem: Problem) -> str:
+    """The layout to hold the weight of ``problem`` in: that of the fastest backend measured; ``"dense"`` if that wins.
+
+    Without a measurement: the first layout with a backend of its own that takes the problem, else the canonical one.
+    Ask with the token count that matters most, which for a language model is 1.
+    """
+    problem = replace(problem, tokens=token_bucket(problem.tokens))
+    names = [DENSE, *layouts_of(problem.operator)]
+    usable = {
+        backend.name: layout
+        for layout in names
+        for backend in backends_of(layout)
+        if _in_family(backend.name) and backend.supports(problem) is None
+    }
+    found, _ = _store(problem.device).nearest(problem)
+    timed = [] if found is None else [name for name in found.times_us if name in usable]
+    if found is not None and timed:
+        return usable[min(timed, key=found.times_us.__getitem__)]
+    own = (layout for name, layout in usable.items() if name in BACKENDS and (layout != DENSE or _family == DENSE))
+    return next(own, CANONICAL.get(problem.operator, DENSE))
+
+
+def tune(
+    problems: Iterable[Problem],
+    *,
+    seconds: float = 1.0,
+    again: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Problem, Measurement]:
+    """Measure every backend that can run each problem, dense always among them, and remember the times.
+
+    Problems that differ only in their tokens share one random weight. What was measured before is kept. Within
+    :func:`frozen` nothing is measured.
+
+    Args:
+        problems: each is measured at the upper end of its bucket of tokens; duplicates are measured once.
+        seconds: about how long for each problem.
+        again: measure also what was measured before.
+        progress: called with (done, total) after every problem.
+
+    Returns:
+        What is known of each problem now, measured here or before; absent when nothing is.
+    """
+    wanted = list(dict.fromkeys(replace(problem, tokens=token_bucket(problem.tokens)) for problem in problems))
+    known: dict[Problem, Measurement] = {}
+    shapes: dict[Problem, list[Problem]] = {}
+    for problem in wanted:
+        found = None if again and not _frozen else _store(problem.device).exact(problem)
+        if found is not None:
+            known[problem] = found
+        elif not _frozen:
+            shapes.setdefault(replace(problem, tokens=1), []).append(problem)
+    for shape, group in shapes.items():
+        _require_here(shape)
+        sample: SampleWeight = sample_weight(shape)
+        for problem in group:
+            known[problem] = measure(problem, sample, seconds)
+            # One by one: a run that is killed keeps what it has.
+            _store(problem.device).put({problem: known[problem]})
+            if progress is not None:
+                progress(len(known), len(wanted))
+        del sample
+    _memo.clear()
+    return known
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a backend was chosen.
+
+    Attributes:
+        problem: the bucket of tokens it was asked for.
+        layout: the layout the choice is for.
+        chosen: the backend's name.
+        measured_tokens: the token count of the times that decided; None when the rule without a measurement did.
+        times_us: backend -> median microseconds, fastest first; empty when nothing was measured.
+        left_out: backend -> why it is no candidate.
+    """
+
+    problem: Problem
+    layout: str
+    chosen: str
+    measured_tokens: int | None
+    times_us: Mapping[str, float]
+    left_out: Mapping[str, str]
+
+
+def explain(problem: Problem, layout: str | None = None) -> Explanation:
+    """Every candidate's time, why others were left out, and what is chosen. Measures nothing.
+
+    Args:
+        problem: its tokens count as the upper end of their bucket.
+        layout: how the weight is held; None asks :func:`choose_layout`.
+    """
+    problem = replace(problem, tokens=token_bucket(problem.tokens))
+    layout = choose_layout(problem) if layout is None else layout
+    chosen = choose(problem, layout).name
+    found, tokens = _store(problem.device).nearest(problem)
+    if found is not None:
+        times = dict(sorted(found.times_us.items(), key=lambda entry: entry[1]))
+        return Explanation(problem, layout, chosen, tokens if chosen in times else None, times, found.left_out)
+    names = [DENSE, *layouts_of(problem.operator)]
+    reasons = {backend.name: backend.supports(problem) for name in names for backend in backends_of(name)}
+    left_out = UNAVAILABLE | {name: reason for name, reason in reasons.items() if reason is not None}
+    return Explanation(problem, layout, chosen, None, {}, left_out)
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Within it :func:`tune` measures nothing: choices come from what was measured before, or from the rule."""
+    global _frozen
+    before, _frozen = _frozen, True
+    try:
+        yield
+    finally:
+        _frozen = before
+
+
+@contextmanager
+def only(family: str | None) -> Iterator[None]:
+    """Within it only backends of one family run (``"cpu"``, ``"reference"``, …; None: all).
+
+    Where none of the family can run a problem, the weight is decompressed. The choice is the process's, not the
+    thread's.
+
+    Raises:
+        UsageError: no backend is of that family.
+    """
+    global _family
+    load_backends()
+    families = {name.partition("-")[0] for name in BACKENDS} | {"decompress", "reference"}
+    if family is not None and family not in families:
+        reason = f" ({UNAVAILABLE[family]})" if family in UNAVAILABLE else ""
+        raise UsageError(f"there is no backend {family!r}{reason}: choose one of {', '.join(sorted(families))}")
+    before, _family = _family, family
+    _memo.clear()
+    try:
+        yield
+    finally:
+        _family = before
+        _memo.clear()
+
+
+def forget() -> None:
+    """Drop everything remembered in this process, so that files are read again; the files stay."""
+    _stores.clear()
+    _memo.clear()
+
+
+def run(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    out_features: int,
+    in_features: int,
+    pattern: str,
+    layout: str,
+) -> torch.Tensor:
+    """The runner under the operators (``ops.running.Runner``): one dict lookup, then the backend."""
+    values = tensors[0]
+    bucket = (x.shape[0] - 1).bit_length()
+    kinds = (x.dtype, values.dtype, x.get_device(), torch.get_num_threads())
+    key = (layout, pattern, out_features, in_features, bucket, values.numel(), *kinds)
+    backend = _memo.get(key)
+    if backend is None:
+        backend = _memo[key] = _decide(x, tensors, out_features, in_features, pattern, layout)
+    return backend.run(x, tensors, bias, (out_features, in_features), parse_pattern(pattern))
+
+
+def _decide(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], out_features: int, in_features: int, pattern: str, layout: str
+) -> Backend:
+    # Kernels take one type for x and weight; storage types and autocast are cast on the way.
+    if tensors[0].dtype != x.dtype:
+        return DecompressBackend(layout)
+    density = get_layout(layout).density(tensors, (out_features, in_features), parse_pattern(pattern))
+    problem = problem_for(out_features, in_features, pattern or UNSTRUCTURED, x.shape[0], x.dtype, x.device, density)
+    return choose(problem, layout)
+
+
+def _store(device: str) -> Store:
+    if device not in _stores:
+        _stores[device] = Store(device)
+    return _stores[device]
+
+
+def _operator_of(layout: str) -> str:
+    load_backends()
+    return DENSE_OPERATOR if layout == DENSE else get_layout(layout).operator
+
+
+def _in_family(name: str) -> bool:
+    return _family is None or name.partition("-")[0] == _family
+
+
+def _fallback(usable: Sequence[Backend]) -> list[Backend]:
+    """What runs every problem of a layout: decompressing, or for a dense weight the dense product."""
+    return [backend for backend in usable if isinstance(backend, DecompressBackend) or backend.name == DENSE]
+
+
+def _require_here(problem: Problem) -> None:
+    if problem.device.startswith("cpu") and problem.threads != torch.get_num_threads():
+        raise UsageError(
+            f"the problem is for {problem.threads} threads, but torch uses {torch.get_num_threads()}: set them first"
+        )
+
+
+set_runner(run)

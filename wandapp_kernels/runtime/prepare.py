@@ -1,0 +1,68 @@
+"""A loaded model made ready to run with one family of kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import nn
+
+from wandapp_kernels import dispatch
+from wandapp_kernels.runtime.choice import fastest_layout
+from wandapp_kernels.runtime.swap import desparsify, sparse_layers, sparsify
+
+DENSE = "dense"
+BACKEND_CHOICES = ("auto", DENSE, "cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that `prepare` has swapped.
+
+    Attributes:
+        layers: what its linears are now, in words: ``"210 × 2:4"``.
+        family: of kernels that may run, None for all.
+    """
+
+    layers: str
+    family: str | None
+
+    def running(self) -> AbstractContextManager[None]:
+        """Within it only kernels of the family run."""
+        return dispatch.only(self.family)
+
+
+def prepare(model: nn.Module, backend: str = "auto", *, tune: bool = False) -> Prepared:
+    """Swap a model, dense or compressed, in place, so that ``backend`` runs it.
+
+    Args:
+        backend: ``"auto"`` swaps what is sparse and lets dispatch choose; ``"dense"`` gives every layer its dense
+            weight back; another name is a family of backends (``"cpu"``, ``"reference"``): layouts are chosen for it.
+        tune: see `swap.sparsify`.
+
+    Raises:
+        UsageError: there is no backend of that family here.
+    """
+    if backend == DENSE:
+        desparsify(model)
+        return Prepared("all layers dense", None)
+    family = None if backend == "auto" else backend
+    with dispatch.only(family):
+        for _, layer in sparse_layers(model):
+            layout = fastest_layout(layer.compressed())
+            layer.set_layout(layout)
+        sparsify(model, tune=tune)
+    return Prepared(describe(model), family)
+
+
+def describe(model: nn.Module) -> str:
+    """How many layers are compressed, by pattern."""
+    kinds = Counter(layer.pattern for _, layer in sparse_layers(model))
+    return ", ".join(f"{count} × {pattern}" for pattern, count in kinds.items()) or "no layer is sparse"
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())

@@ -1,0 +1,288 @@
+"""A linear layer that holds its weight compressed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from wandapp_kernels.checkpoint.compressed import LayerForm
+from wandapp_kernels.checkpoint.format import (
+    UNSTRUCTURED,
+    compress,
+    from_tensors,
+    pattern_of,
+    tensor_names,
+    to_tensors,
+)
+from wandapp_kernels.errors import NonFiniteError, SparsityError, UsageError
+from wandapp_kernels.ops import bitmap_linear, nm_linear
+from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
+from wandapp_kernels.sparsity import Pattern
+
+_PICKLE = (
+    "a SparseLinear is not pickled: save the model with wk.save, or its state_dict() with safetensors, and copy a "
+    "layer with copy.deepcopy"
+)
+
+
+class SparseLinear(nn.Linear):
+    """``y = x Wᵀ + b`` with a compressed ``W [out, in]``; ``x [..., in]``, ``y [..., out]`` in the type of ``x``.
+
+    The layer holds the tensors of one layout (`ops.layouts`) and nothing else of the weight: the first is a Parameter
+    without gradient, the others are buffers. The kernel is chosen call by call (`wandapp_kernels.dispatch`). Gradients
+    flow to ``x`` and to the bias, so adapters train on top of it.
+
+    `weight` is decompressed anew whenever it is read: writing into it changes nothing, and assigning it is refused.
+    Whatever the layout, ``state_dict()`` holds the canonical tensors (``docs/format.md``): ``weight_values`` with
+    ``weight_indices``, or with ``weight_bitmap`` and ``weight_row_offsets``, and ``bias``; ``load_state_dict``
+    checks them and takes nothing else.
+
+    Attributes:
+        pattern: ``"2:4"`` or another n:m, or ``"unstructured"``.
+        layout: name of the layout held; see `set_layout`.
+        transposed: the layer stands for transformers' ``Conv1D``, which stores ``[in, out]``.
+    """
+
+    in_features: int
+    out_features: int
+
+    def __init__(
+        self,
+        weight: CompressedWeight,
+        bias: torch.Tensor | None = None,
+        *,
+        layout: str | None = None,
+        transposed: bool = False,
+    ):
+        """
+        Args:
+            weight: an ``NMWeight`` or a ``BitmapWeight`` of shape ``(out, in)``, already valid.
+            bias: ``[out]`` or None; a Parameter is kept as it is.
+            layout: a name of ``LAYOUTS`` for this kind of weight; None is the canonical one.
+            transposed: see the class.
+
+        Raises:
+            UsageError: the layout is unknown or is not for this kind of weight.
+        """
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.pattern: Final[str] = pattern_of(weight)
+        self.transposed = transposed
+        self._trained = False
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+        self._tensor_names: tuple[str, ...] = ()
+        self._hold(weight, layout or CANONICAL[self._operator])
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        pattern: str = "auto",
+        *,
+        mask: torch.Tensor | None = None,
+        layout: str | None = None,
+    ) -> SparseLinear:
+        """Compress an ``nn.Linear`` (or transformers' ``Conv1D``); the original is left as it is.
+
+        Args:
+            linear: the bias Parameter is shared with it, not copied.
+            pattern: n:m, ``"unstructured"``, or ``"auto"``: the form that takes the fewest bytes.
+            mask: bool ``[out, in]``, True = kept; None keeps the non-zeros.
+            layout: see the constructor.
+
+        Raises:
+            SparsityError: the weight does not follow the pattern, or has a type that cannot be compressed.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        transposed = isinstance(linear, Conv1D)
+        assert isinstance(linear.weight, torch.Tensor)
+        dense, trained = linear.weight.detach(), linear.weight.requires_grad
+        weight = compress(dense.T.contiguous() if transposed else dense, pattern, mask)
+        layer = cls(weight, linear.bias, layout=layout, transposed=transposed)  # type: ignore[arg-type]
+        layer._trained = trained
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear | Conv1D:
+        """The dense layer, bit for bit: an ``nn.Linear``, or the ``Conv1D`` it was made from. Shares the bias."""
+        dense = self.weight
+        linear: nn.Linear | Conv1D
+        with torch.device("meta"):
+            if self.transposed:
+                linear = Conv1D(self.out_features, self.in_features)
+                dense = dense.T.contiguous()
+            else:
+                linear = nn.Linear(self.in_features, self.out_features, bias=False)
+        linear.weight = nn.Parameter(dense, requires_grad=self._trained)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The dense weight ``[out, in]``, decompressed now: a copy that is nobody's Parameter."""
+        return get_layout(self.layout).decompress(self._tensors(), self.shape, self._nm)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def layout(self) -> str:
+        return self._layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weight."""
+        return self._dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held for the weight, without the bias."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    @property
+    def form(self) -> LayerForm:
+        """How a checkpoint stores the weight."""
+        return LayerForm(self.pattern, self.shape, str(self.dtype).removeprefix("torch."))
+
+    def compressed(self) -> CompressedWeight:
+        """The weight in canonical form; shares memory with the layer when that is its layout."""
+        return get_layout(self.layout).unpack(self._tensors(), self.shape, self._nm)
+
+    def set_layout(self, layout: str) -> SparseLinear:
+        """Hold the weight in another layout of the same kind; exact. Returns the layer."""
+        if layout != self.layout:
+            self._hold(self.compressed(), layout)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pattern == UNSTRUCTURED:
+            return bitmap_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self._layout)
+        return nm_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self.pattern, self._layout)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, pattern={self.pattern}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise UsageError(
+                "the weight of a SparseLinear cannot be assigned: change to_linear() and compress that with from_linear"
+            )
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(_PICKLE)
+
+    # The tensors of the weight
+
+    @property
+    def _operator(self) -> str:
+        return "bitmap_linear" if self.pattern == UNSTRUCTURED else "nm_linear"
+
+    @property
+    def _nm(self) -> Pattern | None:
+        return None if self.pattern == UNSTRUCTURED else Pattern.parse(self.pattern)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self._tensor_names]
+
+    def _hold(self, weight: CompressedWeight, layout: str) -> None:
+        found = get_layout(layout)
+        reason = f"it is for {found.operator}" if found.operator != self._operator else found.supports(weight)
+        if reason is not None:
+            raise UsageError(f"layout {layout!r} cannot hold this {self.pattern} weight ({reason}); choose another")
+        for name in self._tensor_names:
+            delattr(self, name)
+        tensors = found.pack(weight)
+        canonical = layout == CANONICAL[self._operator]
+        names = tensor_names(self.pattern) if canonical else tuple(f"packed_{i}" for i in range(len(tensors)))
+        for name, tensor in zip(names, tensors, strict=True):
+            if name == names[0]:
+                self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+            else:
+                self.register_buffer(name, tensor.detach())
+        self._tensor_names, self._layout, self._dtype = names, layout, weight.values.dtype
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
+        probe = torch.empty(0, dtype=self._dtype, device=self._tensors()[0].device)
+        moved = fn(probe)
+        if moved.dtype == probe.dtype and moved.device == probe.device:
+            return super()._apply(fn, recurse)  # type: ignore[return-value]
+        # A packed layout may depend on the type or the device: go through the canonical form.
+        layout, weight = self.layout, self.compressed()
+        self._hold(weight, CANONICAL[self._operator])
+        del weight
+        super()._apply(fn, recurse)
+        self._dtype = moved.dtype
+        if moved.device == probe.device:
+            self.set_layout(layout)
+        return self
+
+    # state_dict, canonical whatever the layout
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, tensor in to_tensors(self.compressed()).items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = tensor_names(self.pattern)
+        known = {*names, *(("bias",) if self.bias is not None else ())}
+        own = {key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)}
+        if strict:
+            unexpected_keys.extend(key for name, key in own.items() if name not in known)
+        if absent := sorted(known - own.keys()):
+            missing_keys.extend(prefix + name for name in absent)
+            return
+        given = {name: state_dict[prefix + name] for name in names}
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:
+            weight = from_tensors(given, self.shape, self.pattern)
+            weight.validate()
+            if not assign:
+                weight = weight.to(device=self._tensors()[0].device, dtype=self._dtype)
+        except (SparsityError, NonFiniteError) as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+            return
+        if self.bias is not None and not self._load_bias(state_dict[prefix + "bias"], assign):
+            error_msgs.append(f"{prefix}bias has shape {tuple(state_dict[prefix + 'bias'].shape)}")
+            return
+        copied = weight if assign else from_tensors({k: t.clone() for k, t in to_tensors(weight).items()}, *self._form)
+        self._hold(copied, self.layout)
+
+    @property
+    def _form(self) -> tuple[tuple[int, int], str]:
+        return self.shape, self.pattern
+
+    def _load_bias(self, bias: torch.Tensor, assign: bool) -> bool:
+        if bias.shape != (self.out_features,):
+            return False
+        if assign:
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        else:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+        return True

@@ -1,0 +1,253 @@
+"""Swapping the linears of a model for sparse ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from wandapp_kernels.backends import DENSE
+from wandapp_kernels.checkpoint.compressed import quantization_config
+from wandapp_kernels.checkpoint.format import DTYPES, UNSTRUCTURED, compressed_bytes, smallest_pattern
+from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, UsageError
+from wandapp_kernels.models.names import matches
+from wandapp_kernels.runtime.choice import fastest_layout
+from wandapp_kernels.runtime.dense_linear import DenseLinear, use_dense_kernels, use_torch
+from wandapp_kernels.runtime.memory import release_free_memory
+from wandapp_kernels.runtime.sparse_linear import SparseLinear
+from wandapp_kernels.sparsity import Pattern, satisfies
+
+# Below this share of zeros a bitmap would still save a little memory, but no kernel gains time.
+MIN_SPARSITY = 0.4
+
+
+@dataclass(frozen=True)
+class SwappedLayer:
+    """One layer that is compressed now.
+
+    Attributes:
+        sparsity: fraction of exact zeros.
+        dense_bytes, bytes: of its weight before and now, in the layout it is held in.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    layout: str
+    sparsity: float
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `sparsify` did.
+
+    Attributes:
+        swapped: layer by layer.
+        left_dense: name -> why, for every other linear layer.
+    """
+
+    swapped: list[SwappedLayer] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the weights that were swapped, before."""
+        return sum(layer.dense_bytes for layer in self.swapped)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights that were swapped, now."""
+        return sum(layer.bytes for layer in self.swapped)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def sparsify(
+    model: nn.Module,
+    pattern: str | Pattern = "auto",
+    *,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    tune: bool = False,
+    min_sparsity: float = MIN_SPARSITY,
+    layouts: str = "auto",
+) -> SwapReport:
+    """Replace, in place, every linear layer that is really sparse by a `SparseLinear`.
+
+    One layer at a time: its compressed weight is made, the layer replaced, and the dense weight freed before the next
+    is looked at. Looked at are ``nn.Linear`` and transformers' ``Conv1D``. A layer stays dense, and the report says
+    why, when its weight is shared with another module, breaks the pattern, has too few zeros, holds NaN or infinity, or
+    would take as many bytes compressed. Layers that are compressed already stay as they are. Plain ``nn.Linear`` that
+    stay dense become `DenseLinear`, with the same Parameters and the dense kernel that is fastest at few tokens. The
+    model's config records what is compressed; nothing else in the model changes.
+
+    Args:
+        model: any module; on any device.
+        pattern: ``"auto"`` takes for each layer the form with the fewest bytes; ``"2:4"`` or another n:m, or
+            ``"unstructured"``, is used for every layer that satisfies it.
+        targets: only these layers (`models.names.matches`: full names, suffixes, ``re:`` patterns); None means all.
+        ignore: never these.
+        tune: measure the kernels for every shape first (seconds to minutes, kept in the cache), take the layout of the
+            fastest, and leave a layer dense where the dense product is fastest at decode.
+        min_sparsity: least fraction of zeros for ``"unstructured"``.
+        layouts: ``"auto"`` packs each weight for the kernel that will run it; ``"canonical"`` leaves it as it is saved,
+            and dense layers as they are: for writing a checkpoint.
+
+    Raises:
+        UsageError: an impossible pattern, or ``targets`` that choose no layer.
+        ModelError: ``model`` itself is a linear layer, so that there is nothing to hang the new one in.
+    """
+    wanted = pattern if pattern in ("auto", UNSTRUCTURED) else _nm(pattern)
+    if isinstance(model, nn.Linear | Conv1D):
+        raise ModelError("the model is a single linear layer; compress it with SparseLinear.from_linear")
+    names = [name for name, module in model.named_modules() if _is_linear(module)]
+    chosen = [name for name in names if targets is None or matches(name, targets)]
+    if targets is not None and not chosen:
+        raise UsageError(f"no linear layer of the model is chosen by {', '.join(targets)}; its last is {names[-1:]}")
+    shared = _shared_weights(model)
+    report = SwapReport()
+    for name in names:
+        # Only names are kept: a list of modules would keep every dense weight alive.
+        layer = model.get_submodule(name)
+        if isinstance(layer, SparseLinear):
+            continue
+        reason = "not among the targets" if name not in chosen else "ignored" if matches(name, ignore) else None
+        if name in shared:
+            reason = f"its weight is shared with {shared[name]}"
+        if reason is None:
+            reason = _swap(model, name, layer, str(wanted), min_sparsity, tune, layouts, report)
+        del layer
+        if reason is not None:
+            report.left_dense[name] = reason
+    if layouts == "auto":
+        use_dense_kernels(model)
+    mark_config(model)
+    release_free_memory()
+    return report
+
+
+@torch.no_grad()
+def desparsify(model: nn.Module) -> list[str]:
+    """Give every `SparseLinear` of the model its dense layer back, bit for bit, in place; returns their names."""
+    names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    for name in names:
+        if not name:
+            raise ModelError("the model is a single SparseLinear; use its to_linear()")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SparseLinear)
+        model.set_submodule(name, layer.to_linear())
+        del layer
+    use_torch(model)
+    mark_config(model)
+    release_free_memory()
+    return names
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """Name and module of every `SparseLinear`."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            yield name, module
+
+
+def mark_config(model: nn.Module) -> None:
+    """Let the model's config say what is compressed, so that a plain ``save_pretrained`` writes a readable folder."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return
+    layers = {name: layer.form for name, layer in sparse_layers(model)}
+    if layers:
+        config.quantization_config = quantization_config(layers)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def _nm(pattern: str | Pattern) -> Pattern:
+    parsed = Pattern.parse(pattern)
+    if not parsed.is_nm:
+        raise UsageError(f"pattern {pattern!r} names no form to store; give n:m, 'unstructured' or 'auto'")
+    return parsed
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Layer name -> another parameter that is the same tensor."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return {
+        name.removesuffix(".weight"): next(other for other in group if other != name)
+        for group in owners.values()
+        if len(group) > 1
+        for name in group
+        if name.endswith(".weight")
+    }
+
+
+def _swap(
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    pattern: str,
+    min_sparsity: float,
+    tune: bool,
+    layouts: str,
+    report: SwapReport,
+) -> str | None:
+    """Swap one layer and enter it in the report; or return why it stays dense."""
+    if type(layer) not in (nn.Linear, DenseLinear, Conv1D):
+        return f"a {type(layer).__name__} may not compute what nn.Linear does"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or hasattr(layer, "_hf_hook"):
+        return "it has hooks, which the swap would lose"
+    dense = layer.weight
+    assert isinstance(dense, torch.Tensor)
+    if dense.is_meta or dense.dtype not in DTYPES:
+        return "its weight is not in memory" if dense.is_meta else f"its weight is {dense.dtype}"
+    mask = (dense != 0).T if isinstance(layer, Conv1D) else dense != 0
+    form, reason = _form(mask, pattern, dense.element_size(), min_sparsity)
+    if reason is not None:
+        return reason
+    kept, size = int(mask.sum()), dense.nbytes
+    del mask
+    try:
+        sparse = SparseLinear.from_linear(layer, form)
+    except (SparsityError, NonFiniteError) as error:
+        return str(error)
+    if layouts == "auto":
+        layout = fastest_layout(sparse.compressed(), tune=tune)
+        if layout == DENSE:
+            return "the dense product is faster here"
+        sparse.set_layout(layout)
+    model.set_submodule(name, sparse)
+    report.swapped.append(
+        SwappedLayer(name, sparse.shape, form, sparse.layout, 1 - kept / max(dense.numel(), 1), size, sparse.nbytes)
+    )
+    return None
+
+
+def _form(mask: torch.Tensor, pattern: str, element_size: int, min_sparsity: float) -> tuple[str, str | None]:
+    """The form to store a weight in, and None; or why it stays dense."""
+    rows, columns = mask.shape
+    kept = int(mask.sum())
+    zeros = 1 - kept / max(mask.numel(), 1)
+    form = smallest_pattern(mask, element_size) if pattern == "auto" else pattern
+    if form != UNSTRUCTURED and not satisfies(mask, Pattern.parse(form)):
+        return form, f"it breaks the pattern {form}"
+    if form == UNSTRUCTURED and zeros < min_sparsity:
+        return form, f"{100 * zeros:.1f} % of it are zeros, fewer than {100 * min_sparsity:g} %"
+    if compressed_bytes(form, rows, columns, kept, element_size) >= mask.numel() * element_size:
+        return form, f"it takes as many bytes compressed ({form}) as dense"
+    return form, None

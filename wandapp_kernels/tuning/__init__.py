@@ -1,0 +1,1 @@
+"""Measuring backends against each other, and remembering what was measured."""
