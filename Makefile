@@ -4,14 +4,20 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON := $(VENV)/.triton
 
-.PHONY: demo test lint bench quality tables clean
+.PHONY: demo test lint bench quality tables h100 clean
 
 demo: $(READY)
 	$(BIN)/wandapp compare smollm2-135m --methods wanda,wanda++ --sparsity 2:4 --calibration wiki --samples 24 \
-	  --seqlen 128 --ro-samples 12 --text wiki --eval-tokens 4096 --eval-seqlen 512 --out runs/demo --force
+	  --seqlen 128 --ro-samples 12 --text wiki --eval-tokens 4096 --eval-seqlen 512 --out runs/demo \
+	  --save runs/demo-model --force
+	$(BIN)/wandapp convert runs/demo-model runs/demo-small --force
+	$(BIN)/wandapp bench model runs/demo-small --dtype float32,bfloat16 --prompts 32 --batch 1 --new-tokens 16 \
+	  --rounds 3 --report runs/demo
+	$(BIN)/wandapp generate runs/demo-small --prompt "The history of Rome" --max-new-tokens 40
 
-test: $(READY)
+test: $(READY) $(TRITON)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
@@ -21,7 +27,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+bench: $(READY) $(TRITON)
 	$(BIN)/pytest bench --benchmark-only
 
 # The quality figures of README.md and docs/methods.md: measured again, then written between their markers.
@@ -30,13 +36,26 @@ quality: $(READY)
 tables: $(READY)
 	$(BIN)/python -m bench.tables
 
-clean:
-	rm -rf $(VENV) build *.egg-info
+# Needs an NVIDIA GPU and the packages of $(PYTHON); installs nothing.
+h100:
+	PYTHONPATH=. $(PYTHON) -m bench.h100 --out bench/results/h100
 
-$(READY): pyproject.toml setup.py requirements-bundled.txt
+clean:
+	rm -rf $(VENV) build *.egg-info wandapp_kernels/*.so wandapp_kernels/backends/cuda/cubins
+
+$(VENV)/.torch: requirements-bundled.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
+	touch $@
+
+# Compiles csrc, and installs what pyproject.toml names.
+$(READY): $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet -e ".[bundled,dev]"
 	$(BIN)/pip install --quiet --no-deps -r requirements-bundled.txt
+	touch $@
+
+# 1 GB, and only the tests of the Triton kernels need it.
+$(TRITON): $(READY)
+	$(BIN)/pip install --quiet "triton>=3.6,<4"
 	touch $@

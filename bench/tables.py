@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import development
+from bench import budget, development
+from bench.h100 import tables as h100
 from bench.quality import MODEL, PLANS, RESULTS, SAMPLES, SEEDS, SEQLEN
 from wandapp_kernels.report.tables import human_bytes, number, table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/methods.md")
+PAGES = ("README.md", "docs/methods.md", "docs/kernels.md")
 MARKERS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -84,8 +85,9 @@ def development_table() -> str:
 
 
 def any_table(name: str) -> str:
-    """The table a marker names: ``development``, or a pattern."""
-    return development_table() if name == "development" else quality_table(name)
+    """The table a marker names: ``development``, ``budget``, ``h100``, or a pattern."""
+    named = {"development": development_table, "budget": budget.saved_table, "h100": h100.readme_table}
+    return named[name]() if name in named else quality_table(name)
 
 
 def fill(text: str, tables: Callable[[str], str]) -> str:

@@ -1,0 +1,144 @@
+"""``python -m bench.h100 --out bench/results/h100``: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.h100 import make_importable
+from bench.h100.clock import Clock, Section
+
+LIMIT = 570.0  # of ten minutes; the rest is for starting and for writing
+
+# Seconds of each section. What one does not need, the later ones do not get: boxes are upper limits.
+SECONDS = {"numerics": 120.0, "micro": 200.0, "scoring": 30.0, "pruning": 80.0, "generation": 130.0}
+
+
+class WrongResult(Exception):
+    """A kernel computes something else than the reference."""
+
+
+def run_sections(
+    sections: Mapping[str, Callable[[Section], None]], clock: Clock, done: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run the sections within their boxes; after each, ``done`` gets everything so far.
+
+    A section that fails is entered with its error, and the next one runs; WrongResult ends the run.
+    """
+    found: dict[str, Any] = {}
+    for name, run in sections.items():
+        section = Section(name, SECONDS[name], clock)
+        if clock.left <= 0:
+            section.leave_out(name, "no time was left")
+        else:
+            try:
+                run(section)
+            except WrongResult:
+                found[name] = section.to_dict()
+                done(found)
+                raise
+            except Exception as error:
+                section.leave_out(f"the rest of {name}", f"{type(error).__name__}: {error}")
+        found[name] = section.to_dict()
+        done(found)
+    return found
+
+
+def check_numerics(section: Section) -> None:
+    """All checks; raises WrongResult with every failure, each in a sentence."""
+    from bench.h100 import numerics, scoring
+
+    def failures() -> Iterator[str]:
+        for check in (numerics.check_linears, numerics.check_swiglu, numerics.check_graph, scoring.check):
+            try:
+                yield from check(section)
+            except Exception as error:
+                yield f"{check.__name__}: {type(error).__name__}: {error}"
+
+    if wrong := list(failures()):
+        raise WrongResult("; ".join(wrong))
+
+
+def machine() -> dict[str, Any]:
+    """What the results depend on."""
+    import numpy
+    import transformers
+
+    import wandapp_kernels
+    from bench.h100.timing import CACHE_MULTIPLE, copy_bandwidth
+
+    properties = torch.cuda.get_device_properties(0)
+    versions = {"wandapp_kernels": wandapp_kernels.__version__, "torch": torch.__version__}
+    versions |= {"transformers": transformers.__version__, "numpy": numpy.__version__, "CUDA": str(torch.version.cuda)}
+    for name in ("triton", "cupy"):
+        try:
+            versions[name] = __import__(name).__version__
+        except ImportError:
+            versions[name] = "not installed"
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "bandwidth": copy_bandwidth(),
+        "cache_multiple": CACHE_MULTIPLE,
+        "versions": versions,
+    }
+
+
+def write(folder: Path, report: dict[str, Any]) -> None:
+    """``results.json``, ``table.md`` and the plots."""
+    from bench.h100.tables import page, plots
+    from wandapp_kernels.checkpoint.atomic import write_text_atomic
+    from wandapp_kernels.checkpoint.save import to_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / "results.json", to_json(report))
+    write_text_atomic(folder / "table.md", page(report))
+    for name, svg in plots(report["sections"].get("micro", {"rows": []})["rows"]).items():
+        write_text_atomic(folder / name, svg)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.h100", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/h100"))
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="of the whole run")
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        print("bench.h100 measures an NVIDIA GPU, and this torch sees none: run it on a machine that has one.")
+        return 2
+    clock = Clock(chosen.seconds)
+    make_importable()
+    from bench.h100 import micro, models, scoring
+
+    report: dict[str, Any] = {"machine": machine(), "sections": {}}
+    bandwidth, cache = report["machine"]["bandwidth"], report["machine"]["l2_bytes"]
+    sections: dict[str, Callable[[Section], None]] = {
+        "numerics": check_numerics,
+        "micro": lambda section: micro.measure(section, bandwidth, cache),
+        "scoring": lambda section: scoring.measure(section, bandwidth),
+        "pruning": models.measure_pruning,
+        "generation": models.measure_generation,
+    }
+
+    def done(found: dict[str, Any]) -> None:
+        report["sections"] = found
+        write(chosen.out, report)
+        print(f"{list(found)[-1]}: {len(found[list(found)[-1]]['rows'])} rows, {clock.left:.0f} s left", flush=True)
+
+    try:
+        run_sections(sections, clock, done)
+    except WrongResult as error:
+        print(f"A kernel is wrong, so nothing was timed: {error}")
+        return 1
+    print(f"{chosen.out / 'table.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

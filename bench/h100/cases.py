@@ -1,0 +1,81 @@
+"""What is measured, most interesting first: time may run out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from wandapp_kernels.backends import BACKENDS, DENSE, DENSE_OPERATOR, UNSTRUCTURED, Backend, Problem
+from wandapp_kernels.backends import load_backends as _load
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
+
+# name, [out, in]
+SHAPES = (
+    ("LLaMA-3-8B gate/up", (14336, 4096)),
+    ("LLaMA-3-8B down", (4096, 14336)),
+    ("LLaMA q/k/v/o", (4096, 4096)),
+    ("LLaMA-7B gate/up", (11008, 4096)),
+    ("LLaMA-7B down", (4096, 11008)),
+    ("LLaMA-3-70B gate/up", (28672, 8192)),
+    ("LLaMA-3-70B down", (8192, 28672)),
+    ("LLaMA-3-70B q/o", (8192, 8192)),
+    ("LLaMA-3-8B k/v", (1024, 4096)),
+)
+PATTERNS = (("2:4", 50), (UNSTRUCTURED, 50), (UNSTRUCTURED, 40), (UNSTRUCTURED, 30))
+DTYPE = torch.bfloat16
+
+# Their supports() leaves few tokens out since they lose there; here it is measured that they do.
+VENDOR = ("cusparselt-nm", "cutlass-nm")
+VENDOR_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight: shape, pattern and per cent kept."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    density: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shape[0]}x{self.shape[1]} {self.pattern} {self.density}%"
+
+
+def weights() -> list[Case]:
+    """Every shape at 2:4 and at 50 % first, then the sparser ones."""
+    return [Case(name, shape, pattern, density) for pattern, density in PATTERNS for name, shape in SHAPES]
+
+
+def problem(case: Case, tokens: int, dtype: torch.dtype = DTYPE) -> Problem:
+    """The dispatch problem of a case on the current GPU."""
+    operator = "bitmap_linear" if case.pattern == UNSTRUCTURED else "nm_linear"
+    if case.pattern == DENSE:
+        operator = DENSE_OPERATOR
+    rows, columns = case.shape
+    return Problem(operator, tokens, rows, columns, case.pattern, case.density, dtype, "cuda:0", 0)
+
+
+def gpu_backends(operator: str) -> list[Backend]:
+    """Backends with a layout of their own for ``operator``, those for CPUs left out."""
+    from wandapp_kernels.ops.layouts import LAYOUTS
+
+    _load()
+    return [
+        backend
+        for backend in BACKENDS.values()
+        if backend.layout in LAYOUTS and LAYOUTS[backend.layout].operator == operator and not _is_cpu(backend)
+    ]
+
+
+def _is_cpu(backend: Backend) -> bool:
+    return backend.name.partition("-")[0] in ("cpu", "reference")
+
+
+def refusal(backend: Backend, asked: Problem) -> str | None:
+    """Why ``backend`` does not take the problem; few tokens are no reason for the vendor's libraries."""
+    if backend.name in VENDOR:
+        asked = replace(asked, tokens=max(asked.tokens, VENDOR_TOKENS))
+    return backend.supports(asked)

@@ -1,0 +1,145 @@
+"""Markdown tables and plots from the JSON of a run; README's table is one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wandapp_kernels.report.charts import line_chart
+from wandapp_kernels.report.tables import human_bytes, table
+
+RESULTS = Path(__file__).parents[1] / "results" / "h100" / "results.json"
+NOT_MEASURED = "not measured yet"
+_STYLE = (
+    "<style>text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}.axis{stroke:#333}.line{fill:none;stroke-width:2}"
+    + "".join(
+        f"path.s{i}{{stroke:{colour}}}circle.s{i}{{fill:{colour}}}"
+        for i, colour in enumerate(
+            ("#0b62a4", "#d1495b", "#2e7d32", "#8e5ea2", "#e08e0b", "#00838f", "#6d4c41", "#546e7a")
+        )
+    )
+    + "</style>"
+)
+
+
+def micro_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a weight and number of tokens; a column for every backend, in microseconds and times dense."""
+    if not rows:
+        return NOT_MEASURED
+    backends = list(dict.fromkeys(row["backend"] for row in rows if row["backend"] != "dense"))
+    dense = {(tuple(row["shape"]), row["tokens"]): row for row in rows if row["backend"] == "dense"}
+    cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["backend"] != "dense":
+            key = (row["name"], tuple(row["shape"]), row["pattern"], row["density"], row["tokens"])
+            cells.setdefault(key, {})[row["backend"]] = row
+    lines = []
+    for (name, shape, pattern, density, tokens), found in cells.items():
+        base = dense[shape, tokens]
+        lines.append(
+            [
+                f"{name}, {shape[0]} × {shape[1]}",
+                pattern if pattern == "2:4" else f"{density} % kept",
+                str(tokens),
+                f"{base['us']:.1f} ({base['share_of_bandwidth']:.0%})",
+                *(_micro_cell(found.get(backend)) for backend in backends),
+            ]
+        )
+    return table(["weight", "pattern", "M", "dense", *backends], lines, markdown=True)
+
+
+def _micro_cell(row: dict[str, Any] | None) -> str | None:
+    if row is None:
+        return None
+    return f"{row['us']:.1f}, {row['times_dense']:.2f}× ({row['share_of_bandwidth']:.0%})"
+
+
+def model_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Prefill and decode, a line a model, form, prompt and batch."""
+    if not rows:
+        return NOT_MEASURED
+    headers = ["model", "form", "prompt", "batch", "prefill, ms", "decode, ms a token", "tokens/s", "weights", "peak"]
+    lines = [
+        [
+            row["model"],
+            row["form"],
+            str(row["prompt"]),
+            str(row["batch"]),
+            f"{1e3 * row['prefill_seconds']:.1f}",
+            f"{1e3 * row['decode_seconds']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            human_bytes(row["weight_bytes"]),
+            human_bytes(row["peak_memory_bytes"]),
+        ]
+        for row in rows
+    ]
+    return table(headers, lines, markdown=True)
+
+
+def plain_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as they are, a column a key."""
+    if not rows:
+        return NOT_MEASURED
+    headers = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[_shown(row.get(key)) for key in headers] for row in rows]
+    return table(headers, lines, markdown=True)
+
+
+def _shown(value: Any) -> str | None:
+    if value is None:
+        return None
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def conditions(machine: dict[str, Any]) -> str:
+    """The line that stands under every table."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['gpu']}, copy bandwidth measured {1e-12 * machine['bandwidth']:.2f} TB/s; CUDA graphs, weights "
+        f"rotated over copies of {machine['cache_multiple']} × the L2 cache, medians; in brackets the share of the "
+        f"measured bandwidth; bfloat16, random weights; {versions}."
+    )
+
+
+def page(report: dict[str, Any]) -> str:
+    """The whole report as Markdown."""
+    sections = report["sections"]
+    parts = [f"# Measured on {report['machine']['gpu']}", conditions(report["machine"])]
+    shown = {"micro": ("Linears, µs and × dense", micro_table), "generation": ("Models", model_table)}
+    for name, section in sections.items():
+        title, make = shown.get(name, (name.capitalize(), plain_table))
+        parts += [f"## {title}", make(section["rows"])]
+        if section["left_out"]:
+            parts += ["Left out:", "\n".join(f"- {item['what']}: {item['why']}" for item in section["left_out"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def plots(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """File name -> SVG: times dense over the number of tokens, one plot a weight and pattern."""
+    found: dict[str, dict[str, list[tuple[str, float | None]]]] = {}
+    for row in rows:
+        if row["times_dense"] is not None:
+            kind = row["pattern"].replace(":", "of") + f"-{row['density']}pct"
+            plot = found.setdefault(f"{row['shape'][0]}x{row['shape'][1]}-{kind}.svg", {"dense": []})
+            plot.setdefault(row["backend"], []).append((str(row["tokens"]), row["times_dense"]))
+            if (str(row["tokens"]), 1.0) not in plot["dense"]:
+                plot["dense"].append((str(row["tokens"]), 1.0))
+    drawn = {}
+    for name, series in found.items():
+        svg = line_chart(f"{name.removesuffix('.svg')}: × dense", series, "tokens")
+        drawn[name] = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+            "</title>", f"</title>{_STYLE}", 1
+        )
+    return drawn
+
+
+def readme_table() -> str:
+    """The models and the most important linears of the committed run, or that there is none."""
+    if not RESULTS.exists():
+        return NOT_MEASURED
+    report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    micro = [row for row in report["sections"].get("micro", {"rows": []})["rows"] if row["tokens"] in (1, 8, 16, 4096)]
+    models = report["sections"].get("generation", {"rows": []})["rows"]
+    return "\n\n".join([micro_table(micro), model_table(models), conditions(report["machine"])])

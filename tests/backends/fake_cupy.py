@@ -1,0 +1,124 @@
+"""The small part of CuPy and torch.cuda that the launcher uses, recording instead of running."""
+
+from __future__ import annotations
+
+import sys
+import types
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass
+class Launched:
+    name: str
+    path: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    shared: int
+    allowed_shared: int
+    stream: int
+
+
+@dataclass
+class Gpu:
+    """What the fake GPU was asked to do, and what it says of itself."""
+
+    launches: list[Launched] = field(default_factory=list)
+    stream: int = 77
+    capturing: bool = False
+    capability: tuple[int, int] = (9, 0)
+    active_stream: int | None = None
+    refuses: bool = False
+    compilations: list[tuple[str, ...]] = field(default_factory=list)
+    nvrtc_version: tuple[int, int] = (13, 0)
+    nvrtc_fails: bool = False
+
+
+class _Kernel:
+    def __init__(self, gpu: Gpu, path: str, name: str):
+        self.gpu, self.path, self.name = gpu, path, name
+        self.max_dynamic_shared_size_bytes = 0
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        if self.gpu.refuses:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
+        allowed = self.max_dynamic_shared_size_bytes
+        stream = self.gpu.active_stream or 0
+        self.gpu.launches.append(Launched(self.name, self.path, grid, block, args, shared_mem, allowed, stream))
+
+
+class _Stream:
+    def __init__(self, gpu: Gpu, pointer: int):
+        self.gpu, self.pointer = gpu, pointer
+
+    def __enter__(self):
+        self.gpu.active_stream = self.pointer
+
+    def __exit__(self, *error):
+        self.gpu.active_stream = None
+
+
+class _Nvrtc(types.ModuleType):
+    def __init__(self, gpu: Gpu):
+        super().__init__("nvrtc")
+        self.gpu = gpu
+
+    def getVersion(self):
+        return self.gpu.nvrtc_version
+
+    def getSupportedArchs(self):
+        return (75, 80, 86, 89, 90, 100)
+
+    def createProgram(self, source, name, headers, include_names):
+        assert isinstance(source, str)
+        assert all(isinstance(item, bytes) for item in [*headers, *include_names])
+        return name
+
+    def compileProgram(self, program, options):
+        if self.gpu.nvrtc_fails:
+            raise RuntimeError("NVRTC_ERROR_COMPILATION")
+        self.gpu.compilations.append((program, *options))
+
+    def getProgramLog(self, program):
+        return "line 3: no such thing"
+
+    def getCUBIN(self, program):
+        return b"cubin of " + program.encode()
+
+    def getPTX(self, program):
+        return b"ptx of " + program.encode()
+
+    def destroyProgram(self, program):
+        pass
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Put a fake GPU and a fake CuPy in place; undone at the end of the test."""
+    gpu = Gpu()
+    cupy: Any = types.ModuleType("cupy")
+    cupy.RawModule = lambda path: types.SimpleNamespace(get_function=lambda name: _Kernel(gpu, path, name))
+    cupy.cuda = types.SimpleNamespace(ExternalStream=lambda pointer, device: _Stream(gpu, pointer))
+    libs: Any = types.ModuleType("cupy_backends.cuda.libs")
+    libs.nvrtc = _Nvrtc(gpu)
+    for name in ("cupy_backends", "cupy_backends.cuda"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libs)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    properties = types.SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
+    for name, answer in {
+        "is_available": lambda: True,
+        "get_device_capability": lambda device=None: gpu.capability,
+        "current_device": lambda: 0,
+        "current_stream": lambda device=None: types.SimpleNamespace(cuda_stream=gpu.stream),
+        "device": lambda index: nullcontext(),
+        "is_current_stream_capturing": lambda: gpu.capturing,
+        "get_device_properties": lambda device: properties,
+        "get_device_name": lambda device=None: "Fake H100",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    return gpu

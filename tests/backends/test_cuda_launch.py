@@ -1,0 +1,262 @@
+"""Launches through CuPy: grids, shared memory, arguments, streams, workspaces, and every refusal before a launch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from fake_cupy import Gpu, install
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wandapp_kernels.backends.base import Problem
+from wandapp_kernels.backends.cuda import bitmap, launcher
+from wandapp_kernels.backends.cuda import nm as nm_backend
+from wandapp_kernels.backends.cuda.ahead import source_folder
+from wandapp_kernels.backends.cuda.bitmap import CudaBitmapBackend, bitmap_decode, decompress, plan_decode
+from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout, panel_counts
+from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
+from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_swiglu
+from wandapp_kernels.backends.cuda.plan import plan
+from wandapp_kernels.errors import KernelError
+from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
+from wandapp_kernels.sparsity.nm_weight import NMWeight
+
+CACHED = (
+    launcher._kernel,
+    launcher._cupy_stream,
+    launcher._cupy_missing,
+    launcher.multiprocessors,
+    launcher.shared_memory,
+)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path) -> Iterator[Gpu]:
+    monkeypatch.setenv("WANDAPP_CACHE", str(tmp_path))
+    monkeypatch.setattr(launcher, "_counters", {})
+    for cached in CACHED:
+        cached.cache_clear()
+    yield install(monkeypatch)
+    for cached in CACHED:
+        cached.cache_clear()
+
+
+def bitmap_weight(rows=40, columns=264, dtype=torch.bfloat16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(rows, columns, generator=generator).to(dtype)
+    return BitmapMmaLayout().pack(BitmapWeight.compress(dense, torch.rand(rows, columns, generator=generator) < 0.5))
+
+
+def nm_weight(rows=40, columns=264, dtype=torch.bfloat16) -> list[torch.Tensor]:
+    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    dense.view(rows, -1, 4)[..., 2:] = 0
+    return FragmentLayout().pack(NMWeight.compress(dense, pattern="2:4"))
+
+
+def pointers(*tensors: torch.Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def test_bitmap_launch(gpu):
+    tensors, x = bitmap_weight(), torch.randn(3, 264).bfloat16()
+    bias = torch.randn(40).bfloat16()
+    out = bitmap_decode(x, tensors, bias, (40, 264))
+    (launch,) = gpu.launches
+    assert launch.name == "bitmap_decode_bf16_8"
+    assert (launch.grid, launch.block) == ((3, 1, 1), (256, 1, 1))
+    assert launch.shared == launch.allowed_shared == 8 * 3 * (256 + 4096)
+    assert launch.stream == gpu.stream
+    assert [int(value) for value in launch.arguments[:8]] == pointers(*tensors, x, bias, out, None, None)
+    assert [int(value) for value in launch.arguments[8:]] == [3, 40, 264, 8]
+    assert {type(value) for value in launch.arguments[:8]} == {np.uintp}
+    assert {type(value) for value in launch.arguments[8:]} == {np.int32}
+    assert out.shape == (3, 40)
+    assert out.dtype == torch.bfloat16
+
+
+def test_bitmap_launch_that_splits_k_has_a_workspace(gpu):
+    tensors = bitmap_weight(40, 4096, torch.float16)
+    bitmap_decode(torch.randn(16, 4096).half(), tensors, None, (40, 4096))
+    (launch,) = gpu.launches
+    cut = plan_decode(16, (40, 4096), 132, 232448)
+    assert cut.splits > 1
+    assert launch.name == "bitmap_decode_fp16_16"
+    assert launch.grid == (cut.ctas, cut.splits, 1)
+    assert int(launch.arguments[4]) == 0
+    assert int(launch.arguments[6]) != 0
+    assert int(launch.arguments[7]) == launcher._counters[0, gpu.stream].data_ptr()
+
+
+def test_columns_that_are_no_multiple_of_8_are_padded(gpu):
+    out = bitmap_decode(torch.randn(2, 131).bfloat16(), bitmap_weight(17, 131), None, (17, 131))
+    assert int(gpu.launches[0].arguments[10]) == 136
+    assert out.shape == (2, 17)
+
+
+def test_an_unaligned_view_is_copied(gpu):
+    x = torch.randn(1 + 2 * 128).bfloat16()[1:].view(2, 128)
+    assert x.data_ptr() % 16
+    bitmap_decode(x, bitmap_weight(16, 128), None, (16, 128))
+    assert int(gpu.launches[0].arguments[3]) not in (0, x.data_ptr())
+
+
+def test_decompress_launch(gpu):
+    tensors = bitmap_weight(40, 264)
+    out = decompress(tensors, (40, 264))
+    (launch,) = gpu.launches
+    assert (launch.grid, launch.block, launch.shared) == ((2, 1, 1), (256, 1, 1), 8 * 4352)
+    assert [int(value) for value in launch.arguments] == [*pointers(*tensors, out), 40, 264]
+
+
+def test_nm_launch(gpu):
+    tensors, x = nm_weight(), torch.randn(5, 264).bfloat16()
+    out = nm_decode(x, tensors, None, (40, 264))
+    (launch,) = gpu.launches
+    cut = plan(40, 264, 5, 132)
+    assert launch.name == cut.kernel(torch.bfloat16)
+    assert launch.grid == cut.grid
+    assert launch.shared == cut.shared_bytes
+    assert [int(value) for value in launch.arguments[:5]] == pointers(*tensors, x, None, out)
+    assert [int(value) for value in launch.arguments[-4:]] == [40, 264, 5, cut.splits]
+
+
+def test_swiglu_launch(gpu):
+    gate, up, x = nm_weight(), nm_weight(), torch.randn(2, 264).bfloat16()
+    out = nm_swiglu(x, gate, up, None, None, (40, 264))
+    (launch,) = gpu.launches
+    assert launch.name == "nm_swiglu_bf16_8"
+    assert [int(value) for value in launch.arguments[:8]] == pointers(*gate, *up, x, None, None, out)
+
+
+def test_counters_are_kept_by_stream_and_belong_to_a_graph_under_capture(gpu):
+    device = torch.device("cpu")
+    first = launcher.counters(10, device)
+    assert launcher.counters(4000, device) is first
+    assert launcher.counters(5000, device).numel() == 5000
+    gpu.stream = 78
+    other = launcher.counters(10, device)
+    assert other.data_ptr() != launcher._counters[0, 77].data_ptr()
+    gpu.capturing = True
+    graph = launcher.counters(10, device)
+    assert graph.data_ptr() != other.data_ptr()
+    assert not graph.any()
+    assert launcher._counters[0, 78] is other
+
+
+def test_a_refused_launch_names_the_kernel(gpu):
+    gpu.refuses = True
+    with pytest.raises(KernelError, match=r"bitmap_decode_bf16_8 cannot be launched.*CUDA_ERROR_INVALID_VALUE"):
+        bitmap_decode(torch.randn(1, 128).bfloat16(), bitmap_weight(16, 128), None, (16, 128))
+
+
+def broken_weights() -> dict[str, list[torch.Tensor]]:
+    values, words, offsets = bitmap_weight(16, 128)
+    return {
+        "values is torch.float16": [values.half(), words, offsets],
+        "offsets is torch.int64": [values, words, offsets.long()],
+        "bitmap is not contiguous": [values, words.expand(2, 1, 32, 2)[:, 0].transpose(1, 2), offsets],
+        "does not start at a multiple of 16": [torch.cat([values[:1], values])[1:], words, offsets],
+        "has 1 panels": [values, words.repeat(2, 1, 1), offsets],
+        "offsets is on meta": [values, words, offsets.to("meta")],
+    }
+
+
+@pytest.mark.parametrize("message", list(broken_weights()))
+def test_a_wrong_weight_is_refused_before_the_launch(gpu, message):
+    with pytest.raises(KernelError, match=message):
+        bitmap_decode(torch.randn(1, 128).bfloat16(), broken_weights()[message], None, (16, 128))
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [
+        (torch.zeros(17, 128, dtype=torch.bfloat16), None),
+        (torch.zeros(0, 128, dtype=torch.bfloat16), None),
+        (torch.zeros(1, 127, dtype=torch.bfloat16), None),
+        (torch.zeros(128, 2, dtype=torch.bfloat16).t(), None),
+        (torch.zeros(1, 128), None),
+        (torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(15, dtype=torch.bfloat16)),
+        (torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(16)),
+    ],
+)
+def test_wrong_activations_are_refused_before_the_launch(gpu, x, bias):
+    with pytest.raises(KernelError):
+        bitmap_decode(x, bitmap_weight(16, 128), bias, (16, 128))
+    with pytest.raises(KernelError):
+        nm_decode(x[:, :0], nm_weight(16, 128), bias, (16, 128))
+    assert not gpu.launches
+
+
+def problem(**changes) -> Problem:
+    settled = {
+        "operator": "bitmap_linear",
+        "tokens": 8,
+        "out_features": 64,
+        "in_features": 128,
+        "pattern": "unstructured",
+        "density_bucket": 50,
+        "dtype": torch.bfloat16,
+        "device": "cuda:0",
+        "threads": 0,
+    }
+    return Problem(**{**settled, **changes})
+
+
+def test_supports_says_why_not(gpu, monkeypatch):
+    backend = CudaBitmapBackend()
+    assert backend.supports(problem()) is None
+    assert CudaNMBackend().supports(problem(operator="nm_linear", pattern="2:4")) is None
+    assert "16 tokens" in backend.supports(problem(tokens=32))
+    assert "64 tokens" in CudaNMBackend().supports(problem(pattern="2:4", tokens=128))
+    assert "2:4 only" in CudaNMBackend().supports(problem(pattern="4:8"))
+    assert "float16 and bfloat16" in backend.supports(problem(dtype=torch.float32))
+    assert "on cpu" in backend.supports(problem(device="cpu"))
+    gpu.capability = (7, 5)
+    assert "7.5 is too old" in backend.supports(problem())
+    gpu.capability = (9, 0)
+    launcher._cupy_missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert "wandapp_kernels[cuda13]" in backend.supports(problem())
+
+
+def test_supports_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in CudaBitmapBackend().supports(problem())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.integers(1, 16),
+    rows=st.integers(1, 40000),
+    columns=st.integers(1, 40000),
+    sms=st.sampled_from([20, 108, 132]),
+    shared=st.sampled_from([101376, 166912, 232448]),
+)
+def test_plans_cover_the_weight_and_fit(tokens, rows, columns, sms, shared):
+    cut = plan_decode(tokens, (rows, columns), sms, shared)
+    slabs, panels = panel_counts((rows, columns))
+    assert (cut.ctas - 1) * cut.slabs_per_cta < slabs <= cut.ctas * cut.slabs_per_cta
+    assert cut.splits >= 1
+    assert cut.splits == 1 or cut.splits * cut.warps_per_slab * 2 <= panels
+    assert cut.threads <= 256
+    assert cut.shared_bytes <= shared
+    assert tokens <= 8 * cut.token_tiles
+    assert cut.ctas < 2**31
+    assert cut.splits < 65536
+
+
+def test_the_constants_are_those_of_the_kernel():
+    folder = source_folder()
+    panel = (folder / "bitmap_panel.cuh").read_text()
+    decode = (folder / "bitmap_decode.cuh").read_text()
+    assert f"kStages = {bitmap.STAGES};" in decode
+    assert f"kMostThreads = {32 * bitmap.WARPS};" in decode
+    assert "kSlabRows = 16;" in panel
+    assert "kPanelColumns = 128;" in panel
+    assert bitmap.SLOT_BYTES == 32 * 8 + 16 * 128 * 2
+    assert nm_backend.MOST_TOKENS % 32 == 0

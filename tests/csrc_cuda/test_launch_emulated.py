@@ -1,0 +1,89 @@
+"""The backends' own launches, carried out by the emulated kernels: arguments, grids and workspaces fit the sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from emulator import Emulator, Launch
+from torch.nn import functional
+
+from wandapp_kernels.backends.cuda import bitmap, nm
+from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout
+from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
+from wandapp_kernels.sparsity import mask_from_scores
+from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
+from wandapp_kernels.sparsity.nm_weight import NMWeight
+from wandapp_kernels.sparsity.pattern import Pattern
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return tensor.detach().contiguous().view(kind).numpy()
+
+
+@pytest.fixture
+def gpu(emulator: Emulator, monkeypatch):
+    """A GPU of eight multiprocessors that is the emulation."""
+
+    def launch(
+        source: str,
+        name: str,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[torch.Tensor | int | None],
+        device: torch.device,
+    ) -> None:
+        passed = [as_array(each) if isinstance(each, torch.Tensor) else each for each in arguments]
+        results = emulator.run(Launch(name, (*grid, 1), threads, shared_bytes, passed))
+        for array, result in zip([each for each in passed if isinstance(each, np.ndarray)], results, strict=True):
+            array[...] = result
+
+    for module in (bitmap, nm):
+        monkeypatch.setattr(module, "launch", launch)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 8)
+        monkeypatch.setattr(module, "counters", lambda count, device: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(bitmap, "shared_memory", lambda device: 232448)
+
+
+def pruned(rows: int, columns: int, pattern: str, seed: int = 0) -> torch.Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return weight * mask_from_scores(weight.float().abs(), Pattern.parse(pattern))
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    assert float((out.double() - expected).norm() / expected.norm()) < 4e-3
+
+
+def inputs(tokens: int, columns: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, bias = torch.randn(tokens, columns, generator=generator), torch.randn(rows, generator=generator)
+    return x.bfloat16(), bias.bfloat16()
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 40, 2048), (5, 33, 131), (16, 48, 1040)])
+def test_bitmap(gpu, tokens, rows, columns):
+    weight, (x, bias) = pruned(rows, columns, "50%"), inputs(tokens, columns, rows)
+    tensors = BitmapMmaLayout().pack(BitmapWeight.compress(weight))
+    out = bitmap.bitmap_decode(x, tensors, bias, (rows, columns))
+    assert_close(out, functional.linear(x.double(), weight.double(), bias.double()))
+    assert torch.equal(bitmap.decompress(tensors, (rows, columns)), weight)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 70, 512), (9, 64, 200)])
+def test_nm(gpu, tokens, rows, columns):
+    weight, (x, bias) = pruned(rows, columns, "2:4"), inputs(tokens, columns, rows)
+    tensors = FragmentLayout().pack(NMWeight.compress(weight, pattern="2:4"))
+    out = nm.nm_decode(x, tensors, bias, (rows, columns))
+    assert_close(out, functional.linear(x.double(), weight.double(), bias.double()))
+
+
+def test_swiglu(gpu):
+    gate, up, (x, bias) = pruned(70, 200, "2:4"), pruned(70, 200, "2:4", 1), inputs(3, 200, 70)
+    packed = [FragmentLayout().pack(NMWeight.compress(weight, pattern="2:4")) for weight in (gate, up)]
+    out = nm.nm_swiglu(x, *packed, bias, None, (70, 200))
+    wide = functional.linear(x.double(), gate.double(), bias.double())
+    assert_close(out, functional.silu(wide) * functional.linear(x.double(), up.double()))

@@ -1,0 +1,187 @@
+"""Few tokens times an unstructured weight on an NVIDIA GPU (csrc/cuda/bitmap_decode.cuh), and the weight made dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn import functional
+
+from wandapp_kernels.backends.base import Backend, Problem
+from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout, panel_counts
+from wandapp_kernels.backends.cuda.launcher import (
+    DTYPES,
+    check_tensor,
+    counters,
+    is_aligned,
+    launch,
+    multiprocessors,
+    shared_memory,
+    why_not,
+)
+from wandapp_kernels.errors import KernelError
+from wandapp_kernels.sparsity.pattern import Pattern
+
+MOST_TOKENS = 16
+STAGES = 3
+SLOT_BYTES = 256 + 16 * 128 * 2  # a panel in shared memory: bitmap and, at most, all values
+WARPS = 8
+
+
+@dataclass(frozen=True)
+class BitmapPlan:
+    """How one launch of the decode kernel is cut (names as in bitmap_decode.cuh).
+
+    Attributes:
+        token_tiles: tiles of 8 tokens, 1 or 2.
+        slabs_per_cta: 16-row slabs of a CTA, which share their activations in L1.
+        warps_per_slab: warps that split K inside a CTA.
+        splits: CTAs along K.
+        ctas: CTAs along the rows.
+        tokens: M.
+    """
+
+    token_tiles: int
+    slabs_per_cta: int
+    warps_per_slab: int
+    splits: int
+    ctas: int
+    tokens: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.slabs_per_cta * self.warps_per_slab
+
+    @property
+    def shared_bytes(self) -> int:
+        return STAGES * SLOT_BYTES * self.slabs_per_cta * self.warps_per_slab
+
+    @property
+    def partial_floats(self) -> int:
+        return self.splits * self.ctas * self.slabs_per_cta * self.tokens * 16 if self.splits > 1 else 0
+
+
+@lru_cache(maxsize=4096)
+def plan_decode(tokens: int, shape: tuple[int, int], sms: int, shared_bytes: int) -> BitmapPlan:
+    """Cut ``[M, K] × [N, K]ᵀ`` so that every multiprocessor is full once and a warp has two panels or more.
+
+    With more tokens a CTA takes more slabs, since each slab of a CTA of its own would fetch the activations again.
+
+    Args:
+        tokens: M, 1 to 16.
+        shape: ``(N, K)``.
+        sms: multiprocessors of the GPU.
+        shared_bytes: the most shared memory a CTA may have.
+    """
+    slabs, panels = panel_counts(shape)
+    warps = WARPS if shared_bytes >= 2 * STAGES * SLOT_BYTES * WARPS else WARPS // 2
+    resident = min(2 * WARPS // warps, shared_bytes // (STAGES * SLOT_BYTES * warps))
+    slabs_per_cta = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
+    while slabs_per_cta > slabs:
+        slabs_per_cta //= 2
+    warps_per_slab = warps // slabs_per_cta
+    ctas = -(-slabs // slabs_per_cta)
+    splits = max(1, min(resident * sms // ctas, panels // (2 * warps_per_slab)))
+    return BitmapPlan(1 if tokens <= 8 else 2, slabs_per_cta, warps_per_slab, splits, ctas, tokens)
+
+
+def _check_weight(tensors: Sequence[torch.Tensor], shape: tuple[int, int], like: torch.Tensor) -> None:
+    values, words, offsets = tensors
+    slabs, panels = panel_counts(shape)
+    check_tensor(values, "values", like.dtype, like)
+    check_tensor(words, "bitmap", torch.int32, like)
+    check_tensor(offsets, "offsets", torch.int32, like)
+    if words.shape != (slabs * panels, 32, 2) or offsets.shape != (slabs * panels + 1,):
+        raise KernelError(f"the weight of shape {shape} has {slabs * panels} panels, bitmap {list(words.shape)}")
+
+
+def bitmap_decode(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, shape: tuple[int, int]
+) -> torch.Tensor:
+    """``x @ Wᵀ + bias`` for 1 to 16 tokens.
+
+    Args:
+        x: ``[M, K]`` float16 or bfloat16 on a GPU, contiguous.
+        tensors: the weight in layout ``"bitmap-mma"``, values in x's type.
+        bias: ``[N]`` in x's type, or None.
+        shape: ``(N, K)``.
+
+    Raises:
+        KernelError: x, weight and bias do not fit together.
+    """
+    rows, columns = shape
+    tokens = x.shape[0]
+    if x.shape != (tokens, columns) or not 1 <= tokens <= MOST_TOKENS or not x.is_contiguous():
+        raise KernelError(f"x is {list(x.shape)}, but this kernel takes [1 to {MOST_TOKENS}, {columns}], contiguous")
+    if x.dtype not in DTYPES:
+        raise KernelError(f"x is {x.dtype}, but this kernel takes float16 or bfloat16")
+    _check_weight(tensors, shape, x)
+    if bias is not None:
+        check_tensor(bias.contiguous(), "bias", x.dtype, x, aligned=False)
+        bias = bias.contiguous()
+        if bias.shape != (rows,):
+            raise KernelError(f"bias is {list(bias.shape)}, but the weight has {rows} rows")
+    if columns % 8:  # rows of x must start on 16 bytes
+        x = functional.pad(x, (0, -columns % 8))
+    elif not is_aligned(x):
+        x = x.clone()
+    plan = plan_decode(tokens, shape, multiprocessors(x.device), shared_memory(x.device))
+    out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    partial = x.new_empty(plan.partial_floats, dtype=torch.float32) if plan.splits > 1 else None
+    launch(
+        "bitmap_decode",
+        f"bitmap_decode_{DTYPES[x.dtype]}_{8 * plan.token_tiles}",
+        (plan.ctas, plan.splits),
+        plan.threads,
+        plan.shared_bytes,
+        (
+            *(tensors[0], tensors[1], tensors[2], x, bias, out, partial),
+            counters(plan.ctas, x.device) if plan.splits > 1 else None,
+            *(tokens, rows, x.shape[1], plan.warps_per_slab),
+        ),
+        x.device,
+    )
+    return out
+
+
+def decompress(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """The dense weight ``[N, K]`` of layout ``"bitmap-mma"``, by one kernel on the weight's GPU."""
+    _check_weight(tensors, shape, tensors[0])
+    out = torch.empty(shape, dtype=tensors[0].dtype, device=tensors[0].device)
+    slabs, panels = panel_counts(shape)
+    if slabs * panels:
+        launch(
+            "bitmap_decompress",
+            "bitmap_decompress_16",
+            (-(-slabs * panels // WARPS), 1),
+            32 * WARPS,
+            SLOT_BYTES * WARPS,
+            (*tensors, out, *shape),
+            out.device,
+        )
+    return out
+
+
+class CudaBitmapBackend(Backend):
+    """The decode kernel for unstructured weights: up to 16 tokens, NVIDIA GPUs since compute capability 8.0."""
+
+    name = "cuda-bitmap"
+    layout = BitmapMmaLayout.name
+    default_tokens = MOST_TOKENS
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.tokens > MOST_TOKENS:
+            return f"the kernel takes up to {MOST_TOKENS} tokens at once"
+        return why_not(problem.device, problem.dtype)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> torch.Tensor:
+        return bitmap_decode(x, tensors, bias, shape)

@@ -1,0 +1,157 @@
+"""Launches the kernels of csrc/cuda through CuPy on torch's current stream: no host synchronisation, no copies.
+
+Safe inside CUDA graphs: memory comes from torch's allocator, and a launch under capture gets counters of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from wandapp_kernels.backends.cuda.compiler import compiled
+from wandapp_kernels.errors import KernelError
+
+OLDEST_CAPABILITY = (8, 0)  # cp.async, mma.m16n8k16 on bfloat16, mma.sp
+ALIGNMENT = 16
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+Argument = torch.Tensor | int | None
+
+
+def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """None when kernels for 16-bit ``dtype`` can be launched on ``device``, else the reason in a sentence."""
+    device = torch.device(device)
+    if dtype not in DTYPES:
+        return f"the CUDA kernels compute in float16 and bfloat16, not {dtype}"
+    if device.type != "cuda":
+        return f"the CUDA kernels need an NVIDIA GPU, and the tensors are on {device}"
+    if not torch.cuda.is_available():
+        return "this torch sees no GPU"
+    if torch.version.hip is not None:
+        return "the CUDA kernels need an NVIDIA GPU, and this torch is built for ROCm"
+    if (capability := torch.cuda.get_device_capability(device)) < OLDEST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is too old: the CUDA kernels need 8.0"
+    return _cupy_missing()
+
+
+@lru_cache(maxsize=1)
+def _cupy_missing() -> str | None:
+    try:
+        import cupy  # noqa: F401
+    except ImportError:
+        return 'CuPy is not installed: pip install "wandapp_kernels[cuda13]" (or [cuda12])'
+    return None
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether 16-byte loads may start at ``tensor``."""
+    return tensor.data_ptr() % ALIGNMENT == 0
+
+
+def check_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype, like: torch.Tensor, aligned: bool = True) -> None:
+    """Raise KernelError unless ``tensor`` has that type, lies on ``like``'s device, contiguous and 16-byte aligned."""
+    if tensor.dtype != dtype:
+        raise KernelError(f"{name} is {tensor.dtype}, but this kernel takes {dtype}")
+    if tensor.device != like.device:
+        raise KernelError(f"{name} is on {tensor.device}, but the activations are on {like.device}")
+    if not tensor.is_contiguous():
+        raise KernelError(f"{name} is not contiguous: pack the weight again")
+    if aligned and not is_aligned(tensor):
+        raise KernelError(f"{name} does not start at a multiple of {ALIGNMENT} bytes: pack the weight again")
+
+
+@lru_cache(maxsize=256)
+def _kernel(source: str, name: str, device: int, shared_bytes: int) -> Any:
+    import cupy
+
+    path = compiled(source, torch.cuda.get_device_capability(device))
+    kernel = cupy.RawModule(path=str(path)).get_function(name)
+    with torch.cuda.device(device):
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return kernel
+
+
+@lru_cache(maxsize=64)
+def _cupy_stream(device: int, pointer: int) -> Any:
+    import cupy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return cupy.cuda.ExternalStream(pointer, device)
+
+
+def launch(
+    source: str,
+    name: str,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    arguments: Sequence[Argument],
+    device: torch.device,
+) -> None:
+    """Launch ``name`` of ``source.cu`` on torch's current stream of ``device``.
+
+    Args:
+        source: a file of csrc/cuda, without ``.cu``.
+        name: the kernel.
+        grid: CTAs in x and y.
+        threads: threads of a CTA.
+        shared_bytes: dynamic shared memory of a CTA.
+        arguments: in the kernel's order; a tensor is its address, None a null pointer, an int is 32 bits.
+        device: where all tensors are.
+
+    Raises:
+        KernelError: the kernel cannot be compiled, or the driver refuses the launch.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernel = _kernel(source, name, index, shared_bytes)
+    values = tuple(
+        np.int32(argument) if isinstance(argument, int) else np.uintp(0 if argument is None else argument.data_ptr())
+        for argument in arguments
+    )
+    stream = _cupy_stream(index, torch.cuda.current_stream(index).cuda_stream)
+    try:
+        with torch.cuda.device(index), stream:
+            kernel((*grid, 1), (threads, 1, 1), values, shared_mem=shared_bytes)
+    except Exception as error:
+        raise KernelError(
+            f"{name} cannot be launched with a grid of {grid}, {threads} threads and {shared_bytes} bytes of shared "
+            f"memory: {error}"
+        ) from error
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def counters(count: int, device: torch.device) -> torch.Tensor:
+    """At least ``count`` zeros (int32) that every kernel leaves as zeros.
+
+    They are kept for each device and stream, since launches on one stream follow each other. Under capture they belong
+    to the graph, which may be replayed on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    kept = _counters.get(key)
+    if kept is None or kept.numel() < count:
+        kept = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return kept
+
+
+@lru_cache(maxsize=16)
+def shared_memory(device: torch.device) -> int:
+    """The most dynamic shared memory a CTA may ask for, in bytes."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

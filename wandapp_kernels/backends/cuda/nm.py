@@ -1,0 +1,97 @@
+"""Few tokens times a 2:4 weight on sparse tensor cores (csrc/cuda/nm_decode.cuh), and the SwiGLU pair in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from wandapp_kernels.backends.base import Backend, Problem
+from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
+from wandapp_kernels.backends.cuda.launcher import counters, launch, multiprocessors, why_not
+from wandapp_kernels.backends.cuda.plan import THREADS, plan, refusal
+from wandapp_kernels.errors import KernelError
+from wandapp_kernels.sparsity.pattern import Pattern
+
+MOST_TOKENS = 64
+
+
+def _launch(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """One launch for one matrix, or for two that share x."""
+    for bias in biases:
+        if (reason := refusal(x, tensors, bias, shape)) is not None:
+            raise KernelError(f"the 2:4 decode kernel cannot run: {reason}")
+    tokens, (rows, columns), matrices = x.shape[0], shape, len(biases)
+    cut = plan(rows, columns, tokens, multiprocessors(x.device), matrices)
+    out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    partials = x.new_empty(cut.partials, dtype=torch.float32) if cut.partials else None
+    arrived = counters(cut.counters, x.device) if cut.counters else None
+    launch(
+        "nm_decode",
+        cut.kernel(x.dtype, matrices),
+        (cut.grid[0], cut.grid[1]),
+        THREADS,
+        cut.shared_bytes,
+        (*tensors, x, *biases, out, partials, arrived, rows, columns, tokens, cut.splits),
+        x.device,
+    )
+    return out
+
+
+def nm_decode(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, shape: tuple[int, int]
+) -> torch.Tensor:
+    """``x @ Wᵀ + bias`` for few tokens and a 2:4 weight.
+
+    Args:
+        x: ``[M, K]`` float16 or bfloat16 on a GPU, contiguous.
+        tensors: the weight in layout ``"nm-mma"``, values in x's type.
+        bias: ``[N]`` in x's type, or None.
+        shape: ``(N, K)``.
+
+    Raises:
+        KernelError: x, weight and bias do not fit together.
+    """
+    return _launch(x, tensors, (bias,), shape)
+
+
+def nm_swiglu(
+    x: torch.Tensor,
+    gate: Sequence[torch.Tensor],
+    up: Sequence[torch.Tensor],
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """``silu(x @ Gᵀ + gate_bias) * (x @ Uᵀ + up_bias)``, both products in one launch; the rest as :func:`nm_decode`."""
+    return _launch(x, (*gate, *up), (gate_bias, up_bias), shape)
+
+
+class CudaNMBackend(Backend):
+    """The decode kernel for 2:4: up to 64 tokens, NVIDIA GPUs since compute capability 8.0."""
+
+    name = "cuda-nm"
+    layout = FragmentLayout.name
+    default_tokens = 16
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.pattern != "2:4":
+            return f"sparse tensor cores know 2:4 only, not {problem.pattern}"
+        if problem.tokens > MOST_TOKENS:
+            return f"the kernel takes up to {MOST_TOKENS} tokens at once"
+        return why_not(problem.device, problem.dtype)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> torch.Tensor:
+        return nm_decode(x, tensors, bias, shape)
