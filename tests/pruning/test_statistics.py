@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.errors import NonFiniteError, UsageError
 from wandapp_kernels.pruning.regional import RegionalGradient
 from wandapp_kernels.pruning.statistics import (
     PROBE_TOKENS,
@@ -144,7 +144,7 @@ def test_hooks_leave_no_trace() -> None:
 
 def test_hooks_are_removed_when_the_forward_fails() -> None:
     block = Block()
-    with pytest.raises(RuntimeError), InputRecorder(block.linears()):
+    with pytest.raises(UsageError), InputRecorder(block.linears()):
         block(torch.zeros(1, 2, HIDDEN + 1))
     assert not any(module._forward_pre_hooks for module in block.modules())
 

@@ -15,6 +15,7 @@ from wandapp_kernels.models.names import matches
 from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning.criteria import CRITERIA
 from wandapp_kernels.pruning.latent import LatentWeights
+from wandapp_kernels.pruning.masking import choose_mask
 from wandapp_kernels.pruning.memory import PeakMemory
 from wandapp_kernels.pruning.precision import exact_products
 from wandapp_kernels.pruning.regional import RegionalGradient
@@ -189,8 +190,9 @@ class BlockPruner:
         mask = None
         joint = repair and self._update is not None and self._update.joint_criterion == settings.criterion
         if not joint:
-            scores = self._criterion.score(weight, statistics, settings.alpha)
-            mask = mask_from_scores(scores, settings.pattern, settings.group)
+            mask = choose_mask(
+                self._criterion, weight, statistics, settings.pattern, alpha=settings.alpha, group=settings.group
+            )
         if repair and self._update is not None:
             repaired = self._update.repair(weight, statistics, settings.pattern, mask)
             if repaired.warning:
@@ -242,7 +244,7 @@ class BlockPruner:
         def choose(name: str, theta: torch.Tensor) -> torch.Tensor:
             if self._is_starved(self.statistics[name]):
                 return self.found.masks[name]
-            return mask_from_scores(theta.abs() * self.statistics[name].norm(), self._settings.pattern)
+            return choose_mask(CRITERIA["wanda"], theta, self.statistics[name], self._settings.pattern)
 
         return LatentWeights(self._parameters(), self._dense_weights, self.found.masks, choose)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.ops.running_statistics import add_squares
 
 
 class RegionalGradient:
@@ -37,7 +38,7 @@ class RegionalGradient:
                 weight.requires_grad_(False)
         for squares, gradient in zip(self._squares.values(), gradients, strict=True):
             if gradient is not None:
-                squares.addcmul_(gradient, gradient)
+                add_squares(gradient, squares)
         self._samples += 1
         return output.detach()
 

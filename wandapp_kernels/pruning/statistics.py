@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.ops.running_statistics import add_channel_squares
 from wandapp_kernels.pruning.precision import exact_products
 
 NORM = "norm"
@@ -109,15 +110,16 @@ class InputRecorder:
                     self._leaders[name] = leader
                     return
                 self._seen.append((name, arguments[0]))
-            self._accumulate(self.statistics[name], x.reshape(-1, x.shape[-1]).float())
+            self._accumulate(self.statistics[name], x.reshape(-1, x.shape[-1]))
 
         return record
 
     def _accumulate(self, statistics: LayerStatistics, rows: torch.Tensor) -> None:
         statistics.tokens += rows.shape[0]
         if not self._gram:
-            statistics.sum_squares += rows.square().sum(0)
+            add_channel_squares(rows, statistics.sum_squares)
             return
+        rows = rows.float()
         if statistics.gram is None:
             statistics.gram = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         with exact_products():
