@@ -55,7 +55,7 @@ $(READY): $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --no-deps -r requirements-bundled.txt
 	touch $@
 
-# 1 GB, and only the tests of the Triton kernels need it.
+# 1 GB, and only tests need it: the Triton kernels, and CuTe's layouts to compare ours with.
 $(TRITON): $(READY)
-	$(BIN)/pip install --quiet "triton>=3.6,<4"
+	$(BIN)/pip install --quiet --no-deps triton==3.9.0 nvidia-cutlass==4.2.0.0
 	touch $@

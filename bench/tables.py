@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import budget, development
+from bench import budget, development, speed_tables
 from bench.h100 import tables as h100
 from bench.quality import MODEL, PLANS, RESULTS, SAMPLES, SEEDS, SEQLEN
 from wandapp_kernels.report.tables import human_bytes, number, table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/methods.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/methods.md", "docs/kernels.md", "docs/cpu.md", "docs/runtime.md")
 MARKERS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -54,10 +54,16 @@ def _row(method: str, runs: Sequence[dict[str, Any]], texts: Sequence[str]) -> l
         cells.append(f"{number(statistics.mean(values))}{spread}")
     pairs = [(_entries([run], method), _entries([run], "sparsegpt")) for run in runs]
     ratios = [ours[0]["perplexity"] / theirs[0]["perplexity"] for ours, theirs in pairs if ours and theirs]
-    seconds = sorted({f"{entry['seconds']:.0f}" for entry in entries}, key=int)
+    seconds = sorted({f"{entry[_clock(runs)]:.0f}" for entry in entries}, key=int)
     peak = max(entry["peak_memory_bytes"] for entry in entries)
     ratio = f"{statistics.mean(ratios):.2f}" if ratios else None
     return [*cells, ratio, str(len(entries)), "–".join(dict.fromkeys((seconds[0], seconds[-1]))), human_bytes(peak)]
+
+
+def _clock(runs: Sequence[dict[str, Any]]) -> str:
+    """CPU seconds, which other work on the machine hardly moves, where every run recorded them."""
+    entries = [entry for run in runs for entry in run["methods"]]
+    return "cpu_seconds" if all("cpu_seconds" in entry for entry in entries) else "seconds"
 
 
 def _conditions(runs: Sequence[dict[str, Any]]) -> str:
@@ -65,10 +71,11 @@ def _conditions(runs: Sequence[dict[str, Any]]) -> str:
     calibration, evaluation = run["calibration"], run["evaluation"]
     hashes = ", ".join(f"{t['text']} {t['text_hash']} ({t['tokens']} tokens)" for t in evaluation["texts"])
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    clock = "CPU seconds" if _clock(runs) == "cpu_seconds" else "seconds on the clock of a busy machine"
     return (
         f"{run['model']}, fp32, {run['device']}; calibration {calibration['source']}, "
         f"{calibration['samples']} × {calibration['seqlen']} tokens, seeds 0, 1, … (mean ± half the range; "
-        f"× SparseGPT on the first text, seed by seed; seconds: fastest and slowest seed); evaluation windows of "
+        f"× SparseGPT on the first text, seed by seed; {clock}, fastest and slowest seed); evaluation windows of "
         f"{evaluation['seqlen']} tokens, text hashes {hashes}; {versions}."
     )
 
@@ -85,8 +92,16 @@ def development_table() -> str:
 
 
 def any_table(name: str) -> str:
-    """The table a marker names: ``development``, ``budget``, ``h100``, or a pattern."""
-    named = {"development": development_table, "budget": budget.saved_table, "h100": h100.readme_table}
+    """The table a marker names: one of those below, ``model:NAME``, or a pattern."""
+    named = {
+        "development": development_table,
+        "budget": budget.saved_table,
+        "h100": h100.readme_table,
+        "linear": speed_tables.linear_table,
+        "llm-compressor": speed_tables.peer_table,
+    }
+    if name.startswith("model:"):
+        return speed_tables.model_table(name.removeprefix("model:"))
     return named[name]() if name in named else quality_table(name)
 
 

@@ -38,7 +38,7 @@ def test_one_row_for_each_shape_sparsity_and_m(tmp_path, capsys):
     command = "bench linear --shapes 64x128,32x96 --m 1,4 --sparsity 2:4,0.6 --seconds 0 --quiet --json"
     assert main([*command.split(), str(file)]) == 0
     result = json.loads(file.read_text())
-    assert {"device", "threads", "versions", "date", "copy_gb_per_s", "rows"} <= set(result)
+    assert {"device", "threads", "cpu_kernels", "versions", "date", "copy_gb_per_s", "rows"} <= set(result)
     keys = {(row["n"], row["k"], row["m"], row["sparsity"]) for row in result["rows"]}
     assert keys == {(*shape, m, s) for shape in ((64, 128), (32, 96)) for m in (1, 4) for s in ("2:4", 0.6)}
     for row in result["rows"]:

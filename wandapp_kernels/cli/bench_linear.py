@@ -98,8 +98,8 @@ def bench(
     The layout of a weight is chosen at the smallest token count, as a swapped layer keeps one layout for all.
 
     Returns:
-        ``{"device", "threads", "versions", "date", "copy_gb_per_s", "rows": [{"n", "k", "m", "sparsity", "dtype",
-        "backend", "us", "gb_per_s", "share_of_copy", "ceiling", "speedup_torch", "speedup_best_dense",
+        ``{"device", "threads", "cpu_kernels", "versions", "date", "copy_gb_per_s", "rows": [{"n", "k", "m", "sparsity",
+        "dtype", "backend", "us", "gb_per_s", "share_of_copy", "ceiling", "speedup_torch", "speedup_best_dense",
         "candidates": {backend: µs}}]}``. ``gb_per_s`` counts weight, activation and output once; ``ceiling`` is dense
         bytes by compressed bytes of the weight.
     """
@@ -121,11 +121,21 @@ def bench(
     return {
         "device": versions.pop("device"),
         "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "cpu_kernels": _cpu_kernels() if device == "cpu" else None,
         "versions": versions,
         "date": datetime.date.today().isoformat(),
         "copy_gb_per_s": round(copy, 2),
         "rows": rows,
     }
+
+
+def _cpu_kernels() -> str | None:
+    """The instruction set of the compiled kernels; None where they are missing."""
+    try:
+        from wandapp_kernels.backends.cpu import compiled
+    except ImportError:
+        return None
+    return compiled.variant()
 
 
 def copy_bandwidth(device: str = "cpu") -> float:
@@ -186,8 +196,9 @@ def _row(
 
 def _title(result: dict[str, Any]) -> str:
     threads = f", {result['threads']} thread{'s' * (result['threads'] > 1)}" if result["threads"] else ""
+    kernels = f", kernels {result['cpu_kernels']}" if result["cpu_kernels"] else ""
     return (
-        f"{result['device']}{threads}, torch {result['versions']['torch']}; "
+        f"{result['device']}{threads}{kernels}, torch {result['versions']['torch']}; "
         f"copy {result['copy_gb_per_s']:.1f} GB/s; medians, weights colder than the last-level cache"
     )
 
