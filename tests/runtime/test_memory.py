@@ -16,7 +16,10 @@ from torch import nn
 from wandapp_kernels.runtime import sparsify, desparsify
 from wandapp_kernels.runtime.memory import peak_bytes, release_free_memory, reset_peak, resident_bytes
 
-sparsify(nn.Sequential(nn.Linear(8, 8)))  # loads what is loaded on first use
+first = nn.Linear(128, 128)
+with torch.no_grad():
+    first.weight.mul_(torch.tensor([True, False, False, True]).repeat(32))
+assert sparsify(nn.Sequential(first)).swapped  # loads what is loaded on first use
 release_free_memory()
 before = resident_bytes()
 keep = torch.tensor([True, False, False, True]).repeat(1024)
