@@ -72,9 +72,7 @@ def measure_pruning(
     for method, pattern in section.cases([("wanda", "2:4"), ("wanda++", "2:4"), ("wanda", "50%")]):
         model = random_model(SHAPES[shape], device, **sizes)
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(
-            model.config.vocab_size, (SAMPLES, min(SEQLEN, 64 if changes else SEQLEN)), generator=generator
-        )
+        tokens = torch.randint(model.config.vocab_size, calibration, generator=generator)
         report = prune_blocks(model, tokens, build_settings(method, pattern), device=torch.device(device))
         for block in report.blocks:
             section.rows.append(

@@ -43,7 +43,7 @@ def kernels(problem: Problem) -> dict[str, tuple[str, Callable[[], torch.Tensor]
     rows, columns = weight.shape
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     values = torch.empty((rows, columns // 2), dtype=weight.dtype, device=weight.device)
-    indices = torch.empty((rows, columns // 8), dtype=torch.uint8, device=weight.device)
+    indices = torch.empty((rows, -(-columns // 8)), dtype=torch.uint8, device=weight.device)
     read = weight.nbytes + gradient.nbytes + norm.nbytes
 
     def nm() -> torch.Tensor:

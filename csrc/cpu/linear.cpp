@@ -17,6 +17,8 @@ constexpr int64_t kMinPieceBytes = 64 << 10;  // below this, waking a thread cos
 constexpr int64_t kPiecesPerThread = 4;
 constexpr int64_t kTokenCacheBytes = 256 << 10;  // prepared tokens that stay in the second-level cache
 
+constexpr size_t kKeptBytes = 16 << 20;
+
 // Memory of this thread that grows and is kept.
 class Buffer {
  public:
@@ -26,6 +28,13 @@ class Buffer {
       size_ = bytes;
     }
     return memory_.get();
+  }
+
+  // Gives back what only a long prompt needed.
+  void trim(size_t limit) {
+    if (size_ <= limit) return;
+    memory_.reset();
+    size_ = 0;
   }
 
  private:
@@ -130,7 +139,10 @@ bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Ma
   parallel_for(tokens, tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t m) {
     if (!kernel.prepare(static_cast<const char*>(x) + m * token_size, cols, prepared + m * stride)) finite = false;
   });
-  if (!finite && format != Format::dense) return false;
+  if (!finite && format != Format::dense) {
+    tokens_buffer.trim(kKeptBytes);
+    return false;
+  }
 
   const int64_t fitting = std::max<int64_t>(kTokenCacheBytes / static_cast<int64_t>(stride) / 4 * 4, 8);
   const std::vector<Piece> pieces = split(kernel, format, type, matrices, threads);
@@ -142,6 +154,7 @@ bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Ma
                  piece.first, piece.last, scratch);
     }
   });
+  tokens_buffer.trim(kKeptBytes);
   return true;
 }
 

@@ -246,7 +246,7 @@ def test_pruning_is_timed_block_by_block(now):
         ("wanda", "50%"),
     }
     assert len(section.rows) == 6
-    assert all(row["seconds"] > 0 for row in section.rows)
+    assert all(row["seconds"] > 0 and row["samples"] == [2, 8] for row in section.rows)
 
 
 def test_generation_is_timed_dense_and_sparse(now, monkeypatch):

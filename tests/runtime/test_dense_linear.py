@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny_model, token_ids
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from wandapp_kernels.backends import BACKENDS, DENSE, Backend, load_backends
 from wandapp_kernels.runtime import dense_linear, desparsify, sparsify
@@ -80,3 +82,18 @@ def test_the_swap_and_back() -> None:
         torch.testing.assert_close(compiled(x), nn.functional.linear(x, model.lm_head.weight))
         desparsify(model)
     assert type(model.lm_head) is nn.Linear
+
+
+def test_tracing_and_modes_see_a_plain_linear() -> None:
+    layer = nn.Linear(16, 8).to(torch.bfloat16).requires_grad_(False)
+    layer.__class__ = DenseLinear
+    x = torch.randn(2, 16, dtype=torch.bfloat16)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert torch.equal(traced(x), expected)
+    graph = make_fx(layer)(x)
+    assert torch.equal(graph(x), expected)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * 16 * 8
+    assert layer.to("meta")(x.to("meta")).is_meta

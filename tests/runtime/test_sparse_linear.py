@@ -14,8 +14,9 @@ from pruned_models import pruned_linear
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from wandapp_kernels.backends import layouts_of
 from wandapp_kernels.errors import SparsityError, UsageError
-from wandapp_kernels.ops.layouts import LAYOUTS
+from wandapp_kernels.ops.layouts import LAYOUTS, get_layout
 from wandapp_kernels.runtime import SparseLinear
 
 FORMS = {"2:4": "2:4", "4:8": "4:8", "unstructured": "60%"}
@@ -273,3 +274,17 @@ def test_it_compiles_whole(form: str) -> None:
         for tokens in (1, 5, 9):
             x = torch.randn(tokens, 16)
             close(compiled(x), linear(x), 1e-5)
+
+
+def test_a_type_that_the_layout_cannot_hold_gets_the_canonical_one() -> None:
+    dense = nn.Linear(32, 8, bias=False)
+    with torch.no_grad():
+        dense.weight.mul_(torch.tensor([True, False, False, True]).repeat(8))
+    layer = SparseLinear.from_linear(dense, "2:4")
+    for name in layouts_of("nm_linear"):
+        if get_layout(name).supports(layer.compressed()) is not None:
+            continue
+        layer.set_layout(name)
+        wide = copy.deepcopy(layer).double()
+        assert wide.layout == "nm" or get_layout(wide.layout).supports(wide.compressed()) is None
+        assert wide.weight.dtype == torch.float64 and torch.equal(wide.weight, dense.weight.double())

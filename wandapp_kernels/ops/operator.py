@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import get_layout
@@ -164,6 +165,8 @@ def is_plain(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """True when nothing but the kernel would see the call: no tracing, gradient, autocast, mode, subclass or vmap."""
     device = x.device.type
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or device not in AUTOCAST:
+        return False
+    if torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False

@@ -7,6 +7,7 @@ from torch import nn
 
 from wandapp_kernels import dispatch
 from wandapp_kernels.backends import BACKENDS, DENSE, Backend, backends_of, token_bucket
+from wandapp_kernels.ops.operator import is_plain
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -14,16 +15,16 @@ _HALF = (torch.float16, torch.bfloat16)
 class DenseLinear(nn.Linear):
     """An ``nn.Linear`` that lets dispatch choose the product; the Parameters are the original's, tied ones stay tied.
 
-    Tracing, gradients and autocast get ``nn.functional.linear``. Made by `use_dense_kernels`, which changes the class
-    of a layer in place.
+    Tracing, modes, transforms, gradients and autocast get ``nn.functional.linear``. Made by `use_dense_kernels`, which
+    changes the class of a layer in place.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         if (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-            or torch.is_autocast_enabled(input.device.type)
+            not is_plain(input, self.bias)
+            or type(weight) is not nn.Parameter
+            or (torch.is_grad_enabled() and weight.requires_grad)
             or input.dtype != weight.dtype
             or input.shape[-1] != self.in_features
             or not input.numel()

@@ -227,7 +227,7 @@ class SparseLinear(nn.Linear):
         del weight
         super()._apply(fn, recurse)
         self._dtype = moved.dtype
-        if moved.device == probe.device:
+        if moved.device == probe.device and get_layout(layout).supports(self.compressed()) is None:
             self.set_layout(layout)
         return self
 

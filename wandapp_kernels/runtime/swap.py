@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from wandapp_kernels.backends import DENSE
-from wandapp_kernels.checkpoint.compressed import quantization_config
+from wandapp_kernels.checkpoint.compressed import is_compressed, quantization_config
 from wandapp_kernels.checkpoint.format import DTYPES, UNSTRUCTURED, compressed_bytes, smallest_pattern
 from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.models.names import matches
@@ -138,7 +138,7 @@ def sparsify(
 
 @torch.no_grad()
 def desparsify(model: nn.Module) -> list[str]:
-    """Give every `SparseLinear` of the model its dense layer back, bit for bit, in place; returns their names."""
+    """Give every `SparseLinear` of the model its dense layer back, in place; returns their names. -0.0 becomes +0.0."""
     names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
     for name in names:
         if not name:
@@ -168,7 +168,7 @@ def mark_config(model: nn.Module) -> None:
     layers = {name: layer.form for name, layer in sparse_layers(model)}
     if layers:
         config.quantization_config = quantization_config(layers)
-    elif hasattr(config, "quantization_config"):
+    elif is_compressed({"quantization_config": getattr(config, "quantization_config", None)}):
         del config.quantization_config
 
 

@@ -26,7 +26,8 @@ class CpuLinear(Backend):
         self.operator = operator
         self.layout = layout
         # Beyond, a dense library with native bf16 is faster; without one, these kernels are at any number of tokens.
-        self.default_tokens = 64 if compiled.has_fast_bf16_gemm() else _UNLIMITED
+        # Spreading a bitmap for a few tokens at a time costs more than once for all of them.
+        self.default_tokens = 64 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else _UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
         return _reason(problem, self.operator)
