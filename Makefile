@@ -10,7 +10,7 @@ TRITON := $(VENV)/.triton
 
 demo: $(READY)
 	$(BIN)/wandapp compare smollm2-135m --methods wanda,wanda++ --sparsity 2:4 --calibration wiki --samples 24 \
-	  --seqlen 128 --ro-samples 12 --text wiki --eval-tokens 4096 --eval-seqlen 512 --out runs/demo \
+	  --seqlen 128 --ro-samples 8 --text wiki --eval-tokens 4096 --eval-seqlen 512 --out runs/demo \
 	  --save runs/demo-model --force
 	$(BIN)/wandapp convert runs/demo-model runs/demo-small --force
 	$(BIN)/wandapp bench model runs/demo-small --dtype float32,bfloat16 --prompts 32 --batch 1 --new-tokens 16 \

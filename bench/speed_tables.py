@@ -42,10 +42,11 @@ def _linear_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[objec
 
 def _linear_conditions(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    threads = f", {result['threads']} threads, kernels {result['cpu_kernels']}" if result["threads"] else ""
+    threads = f", {result['threads']} threads" if result["threads"] else ""
+    kernels = f", kernels {result['cpu_kernels']}" if result.get("cpu_kernels") else ""
     return (
-        f"{result['device']}{threads}, {result['rows'][0]['dtype']}; medians, all candidates in turn, weights colder "
-        f"than the last-level cache; a copy reaches {result['copy_gb_per_s']:g} GB/s; {versions}; {result['date']}. "
+        f"{result['device']}{threads}{kernels}, {result['rows'][0]['dtype']}; candidates in turn, medians, weights "
+        f"colder than the last-level cache; a copy reaches {result['copy_gb_per_s']:g} GB/s; {versions}; {result['date']}. "
         "The ceiling is dense by compressed bytes; above it, the dense kernel does not saturate memory."
     )
 
@@ -83,7 +84,7 @@ def peer_table(path: Path = RESULTS / "llm_compressor.json") -> str:
     for entry in peer["methods"]:
         mine = ours[entry["method"]]
         values = [number(each["perplexities"][text]) for text in texts for each in (mine, entry)]
-        spent = [f"{each.get('cpu_seconds', each['seconds']):.0f}" for each in (mine, entry)]
+        spent = [f"{each['cpu_seconds']:.0f}" if "cpu_seconds" in each else None for each in (mine, entry)]
         rows.append([entry["method"], *values, *spent])
     versions = ", ".join(f"{name} {version}" for name, version in peer["methods"][0]["versions"].items())
     shown = table(headers, rows, markdown=True)

@@ -98,7 +98,7 @@ def test_the_peers_row_stands_beside_ours_of_the_same_text(results, tmp_path):
     peer = {"text_hash": "abc", "sparsity": "2:4", "device": "a CPU", "methods": [{**entry, "versions": {"x": "1"}}]}
     (tmp_path / "peer.json").write_text(json.dumps(peer))
     shown = speed_tables.peer_table(tmp_path / "peer.json").split("\n")
-    assert [cell.strip() for cell in shown[2].split("|")[1:-1]] == ["sparsegpt", "80.00", "81.00", "11", "7"]
+    assert [cell.strip() for cell in shown[2].split("|")[1:-1]] == ["sparsegpt", "80.00", "81.00", "–", "7"]
     (tmp_path / "peer.json").write_text(json.dumps({**peer, "text_hash": "nobody's"}))
     assert speed_tables.peer_table(tmp_path / "peer.json") == "not measured yet"
 
