@@ -45,9 +45,9 @@ def _linear_conditions(result: dict[str, Any]) -> str:
     threads = f", {result['threads']} threads" if result["threads"] else ""
     kernels = f", kernels {result['cpu_kernels']}" if result.get("cpu_kernels") else ""
     return (
-        f"{result['device']}{threads}{kernels}, {result['rows'][0]['dtype']}; candidates in turn, medians, weights "
-        f"colder than the last-level cache; a copy reaches {result['copy_gb_per_s']:g} GB/s; {versions}; {result['date']}. "
-        "The ceiling is dense by compressed bytes; above it, the dense kernel does not saturate memory."
+        f"{result['device']}{threads}{kernels}, {result['rows'][0]['dtype']}; medians, all candidates in turn, "
+        f"weights colder than the last-level cache; a copy reaches {result['copy_gb_per_s']:g} GB/s; {versions}; "
+        f"{result['date']}. The ceiling is dense by compressed bytes; above it, the dense kernel does not saturate memory."
     )
 
 
