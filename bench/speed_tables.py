@@ -47,7 +47,7 @@ def _linear_conditions(result: dict[str, Any]) -> str:
     return (
         f"{result['device']}{threads}{kernels}, {result['rows'][0]['dtype']}; medians, all candidates in turn, "
         f"weights colder than the last-level cache; a copy reaches {result['copy_gb_per_s']:g} GB/s; {versions}; "
-        f"{result['date']}. The ceiling is dense by compressed bytes; above it, the dense kernel does not saturate memory."
+        f"{result['date']}. The ceiling is dense by compressed bytes; above it, dense does not saturate memory."
     )
 
 
