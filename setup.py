@@ -48,7 +48,8 @@ VARIANTS = {
         ),
     ],
 }
-PLAIN = ["cpu_features.cpp", "thread_pool.cpp", "linear.cpp", "module.cpp"]
+LIBRARIES = ["-ldl"] if platform.system() == "Linux" else []  # dlsym, before glibc 2.34
+PLAIN = ["cpu_features.cpp", "parallel.cpp", "thread_pool.cpp", "linear.cpp", "module.cpp"]
 
 
 class BuildKernels(build_ext):
@@ -100,7 +101,10 @@ class BuildKernels(build_ext):
             for more in pool.map(compile_file, [(name, [], found) for name in PLAIN]):
                 objects += more
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(extension.name), extra_postargs=["-pthread"], target_lang="c++"
+            objects,
+            self.get_ext_fullpath(extension.name),
+            extra_postargs=["-pthread", *LIBRARIES],
+            target_lang="c++",
         )
 
 

@@ -23,6 +23,7 @@ from wandapp_kernels.backends import (
     UNAVAILABLE,
     UNSTRUCTURED,
     Backend,
+    Call,
     DecompressBackend,
     Problem,
     backends_of,
@@ -41,6 +42,7 @@ _stores: dict[str, Store] = {}
 _memo: dict[tuple[Any, ...], Backend] = {}
 _frozen = False
 _family: str | None = None
+_epoch = 0
 
 
 def problem_for(
@@ -100,6 +102,41 @@ def choose(problem: Problem, layout: str) -> Backend:
         times = found.times_us
         return min(timed, key=lambda backend: times[backend.name])
     return (within or _fallback(usable) or usable)[0]
+
+
+def choose_dense(problem: Problem) -> Backend:
+    """The backend for a layer that stays dense: the fastest measured.
+
+    Without a measurement, at 16 bit, the first kernel of our own that is meant for so few tokens; else torch's product,
+    which is also what runs within :func:`only` of a family that has no dense kernel.
+    """
+    problem = replace(problem, tokens=token_bucket(problem.tokens))
+    found, _ = _store(problem.device).nearest(problem)
+    if found is None and problem.dtype.itemsize == 2:
+        for backend in backends_of(DENSE):
+            usable = _in_family(backend.name) and problem.tokens <= backend.default_tokens
+            if backend.name != DENSE and usable and backend.supports(problem) is None:
+                return backend
+    return choose(problem, DENSE)
+
+
+def epoch() -> int:
+    """A number that changes whenever choices may: after measuring, and where :func:`only` begins and ends."""
+    return _epoch
+
+
+def bind(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    shape: tuple[int, int],
+    pattern: str,
+    layout: str,
+) -> Call:
+    """The call that :func:`run` would make for x ``[..., K]``: good until the tensors move or :func:`epoch` changes."""
+    return _decide(x.view(-1, shape[1]), tensors, *shape, pattern, layout).bind(
+        tensors, bias, shape, parse_pattern(pattern)
+    )
 
 
 def choose_layout(problem: Problem) -> str:
@@ -164,7 +201,7 @@ def tune(
             if progress is not None:
                 progress(len(known), len(wanted))
         del sample
-    _memo.clear()
+    _changed()
     return known
 
 
@@ -237,18 +274,18 @@ def only(family: str | None) -> Iterator[None]:
         reason = f" ({UNAVAILABLE[family]})" if family in UNAVAILABLE else ""
         raise UsageError(f"there is no backend {family!r}{reason}: choose one of {', '.join(sorted(families))}")
     before, _family = _family, family
-    _memo.clear()
+    _changed()
     try:
         yield
     finally:
         _family = before
-        _memo.clear()
+        _changed()
 
 
 def forget() -> None:
     """Drop everything remembered in this process, so that files are read again; the files stay."""
     _stores.clear()
-    _memo.clear()
+    _changed()
 
 
 def run(
@@ -280,6 +317,12 @@ def _decide(
     density = get_layout(layout).density(tensors, (out_features, in_features), parse_pattern(pattern))
     problem = problem_for(out_features, in_features, pattern or UNSTRUCTURED, x.shape[0], x.dtype, x.device, density)
     return choose(problem, layout)
+
+
+def _changed() -> None:
+    global _epoch
+    _epoch += 1
+    _memo.clear()
 
 
 def _store(device: str) -> Store:

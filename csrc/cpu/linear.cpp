@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "expand.h"
-#include "thread_pool.h"
+#include "parallel.h"
 
 namespace wandapp {
 namespace {

@@ -3,11 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu_features.h"
 #include "linear.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -17,17 +17,6 @@ using wandapp::Format;
 using wandapp::Matrix;
 using wandapp::Type;
 using wandapp::Variant;
-
-// values, meta, offsets, bias, out (addresses; 0 = none), rows
-using MatrixArguments = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;
-
-Matrix matrix_of(const MatrixArguments& arguments, int64_t cols) {
-  const auto& [values, meta, offsets, bias, out, rows] = arguments;
-  if (rows < 1 || cols < 1) throw py::value_error("a matrix needs at least one row and one column");
-  return {reinterpret_cast<const void*>(values), reinterpret_cast<const void*>(meta),
-          reinterpret_cast<const int64_t*>(offsets), reinterpret_cast<const void*>(bias),
-          reinterpret_cast<void*>(out), rows, cols};
-}
 
 // Best first.
 std::vector<std::pair<std::string, Variant>> variants() {
@@ -43,33 +32,59 @@ std::vector<std::pair<std::string, Variant>> variants() {
   return found;
 }
 
-const wandapp::Kernel& kernel_of(Variant variant, Format format, Type type) {
-  for (const auto& [name, available] : variants()) {
-    if (available != variant) continue;
-    const wandapp::Kernel* kernel = wandapp::find_kernel(variant, format, type);
-    if (kernel == nullptr) throw py::value_error("variant " + name + " has no kernel for this format");
-    return *kernel;
-  }
+void require_here(Variant variant) {
+  for (const auto& [name, available] : variants())
+    if (available == variant) return;
   throw py::value_error("this processor cannot run the variant");
 }
 
-bool linear(Variant variant, Format format, Type type, uintptr_t x, int64_t tokens, int64_t cols,
-            const std::vector<MatrixArguments>& arguments, int threads) {
-  const wandapp::Kernel& kernel = kernel_of(variant, format, type);
-  if (arguments.empty() || tokens < 1) throw py::value_error("at least one matrix and one token are needed");
-  std::vector<Matrix> matrices;
-  matrices.reserve(arguments.size());
-  for (const auto& one : arguments) matrices.push_back(matrix_of(one, cols));
-  py::gil_scoped_release unlocked;
-  return wandapp::linear(kernel, format, type, matrices, reinterpret_cast<const void*>(x), tokens, threads);
+// A weight and its bias, checked once: addresses that the caller keeps alive.
+struct Bound {
+  const wandapp::Kernel* kernel;  // null: the variant can only decompress the format
+  Format format;
+  Type type;
+  Matrix matrix;
+};
+
+Bound bind(Variant variant, Format format, Type type, uintptr_t values, uintptr_t meta, uintptr_t offsets,
+           uintptr_t bias, int64_t rows, int64_t cols) {
+  if (rows < 1 || cols < 1) throw py::value_error("a matrix needs at least one row and one column");
+  require_here(variant);
+  const Matrix matrix{reinterpret_cast<const void*>(values),
+                      reinterpret_cast<const void*>(meta),
+                      reinterpret_cast<const int64_t*>(offsets),
+                      reinterpret_cast<const void*>(bias),
+                      nullptr,
+                      rows,
+                      cols};
+  return {wandapp::find_kernel(variant, format, type), format, type, matrix};
 }
 
-void decompress(Format format, Type type, const MatrixArguments& arguments, int64_t cols, int64_t first, int64_t last,
-                bool to_fp32, int threads) {
-  const Matrix matrix = matrix_of(arguments, cols);
-  if (first < 0 || last > matrix.rows || first > last) throw py::value_error("rows are out of range");
+bool linear(const std::vector<const Bound*>& bound, uintptr_t x, int64_t tokens, const std::vector<uintptr_t>& outs,
+            int threads) {
+  if (bound.empty() || bound.size() != outs.size() || tokens < 1)
+    throw py::value_error("at least one matrix, an output for each, and one token are needed");
+  const Bound& first = *bound.front();
+  if (first.kernel == nullptr) throw py::value_error("the variant has no kernel for this format");
+  std::vector<Matrix> matrices;
+  matrices.reserve(bound.size());
+  for (size_t i = 0; i < bound.size(); ++i) {
+    const Bound& one = *bound[i];
+    if (one.kernel != first.kernel || one.matrix.cols != first.matrix.cols)
+      throw py::value_error("matrices of one call share their kernel and the number of columns");
+    matrices.push_back(one.matrix);
+    matrices.back().out = reinterpret_cast<void*>(outs[i]);
+  }
   py::gil_scoped_release unlocked;
-  wandapp::decompress(format, type, matrix, first, last, matrix.out, to_fp32, threads);
+  return wandapp::linear(*first.kernel, first.format, first.type, matrices, reinterpret_cast<const void*>(x), tokens,
+                         threads);
+}
+
+void decompress(const Bound& bound, int64_t first, int64_t last, uintptr_t out, bool to_fp32, int threads) {
+  if (first < 0 || last > bound.matrix.rows || first > last) throw py::value_error("rows are out of range");
+  py::gil_scoped_release unlocked;
+  wandapp::decompress(bound.format, bound.type, bound.matrix, first, last, reinterpret_cast<void*>(out), to_fp32,
+                      threads);
 }
 
 }  // namespace
@@ -97,10 +112,13 @@ PYBIND11_MODULE(_cpu, module) {
     return wandapp::find_kernel(variant, format, type) != nullptr;
   });
   module.def("has_fast_bf16_gemm", &wandapp::has_fast_bf16_gemm, "AMX-BF16 or AVX512-BF16.");
-  module.def("linear", &linear, py::arg("variant"), py::arg("format"), py::arg("type"), py::arg("x"),
-             py::arg("tokens"), py::arg("cols"), py::arg("matrices"), py::arg("threads"),
-             "x W^T + bias into every matrix's out; false when x is not finite (sparse formats only).");
-  module.def("decompress", &decompress, py::arg("format"), py::arg("type"), py::arg("matrix"), py::arg("cols"),
-             py::arg("first"), py::arg("last"), py::arg("to_fp32"), py::arg("threads"),
-             "Rows first to last as dense rows into the matrix's out.");
+  module.def("parallel_backend", &wandapp::parallel_backend, "Whose threads work: \"openmp\" (torch's) or \"own\".");
+  py::class_<Bound>(module, "Bound", "A weight and its bias by address, checked once.")
+      .def(py::init(&bind), py::arg("variant"), py::arg("format"), py::arg("type"), py::arg("values"),
+           py::arg("meta"), py::arg("offsets"), py::arg("bias"), py::arg("rows"), py::arg("cols"));
+  module.def("linear", &linear, py::arg("bound"), py::arg("x"), py::arg("tokens"), py::arg("outs"),
+             py::arg("threads"),
+             "x W^T + bias into the out of every matrix; false when x is not finite (sparse formats only).");
+  module.def("decompress", &decompress, py::arg("bound"), py::arg("first"), py::arg("last"), py::arg("out"),
+             py::arg("to_fp32"), py::arg("threads"), "Rows first to last as dense rows into out.");
 }

@@ -9,9 +9,11 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+
+#include "job.h"
 
 namespace wandapp {
 namespace {
@@ -26,19 +28,12 @@ void relax() {
 
 class Pool {
  public:
-  void run(int64_t pieces, int threads, const std::function<void(int64_t)>& piece) {
+  void run(Job& job, int threads) {
     std::unique_lock<std::mutex> only_job(job_mutex_, std::try_to_lock);
-    if (!only_job.owns_lock()) {
-      for (int64_t i = 0; i < pieces; ++i) piece(i);
-      return;
-    }
-    Job job{&piece, pieces};
+    if (!only_job.owns_lock()) return job.work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (started_ < threads - 1) {
-        std::thread(&Pool::work, this, started_).detach();
-        ++started_;
-      }
+      start(threads - 1);
       job_ = &job;
       allowed_ = threads - 1;
       generation_.fetch_add(1, std::memory_order_release);
@@ -49,31 +44,19 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = nullptr;  // late threads find nothing
     }
-    while (job.helpers.load(std::memory_order_acquire) != 0) relax();
-    if (job.error) std::rethrow_exception(job.error);
+    while (helpers_.load(std::memory_order_acquire) != 0) relax();
   }
 
  private:
-  struct Job {
-    const std::function<void(int64_t)>* piece;
-    int64_t pieces;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> helpers{0};
-    std::mutex error_mutex{};
-    std::exception_ptr error{};
-
-    Job(const std::function<void(int64_t)>* what, int64_t count) : piece(what), pieces(count) {}
-
-    void work() {
-      try {
-        for (int64_t i = next++; i < pieces; i = next++) (*piece)(i);
-      } catch (...) {
-        next = pieces;
-        std::lock_guard<std::mutex> lock(error_mutex);
-        if (!error) error = std::current_exception();
+  void start(int wanted) {
+    try {
+      while (started_ < wanted) {
+        std::thread(&Pool::work, this, started_).detach();
+        ++started_;
       }
+    } catch (const std::system_error&) {  // no more threads: those that run do the work
     }
-  };
+  }
 
   void work(int index) {
     uint64_t seen = 0;
@@ -86,12 +69,12 @@ class Pool {
         seen = generation_.load(std::memory_order_relaxed);
         if (job_ != nullptr && index < allowed_) {
           job = job_;
-          job->helpers.fetch_add(1, std::memory_order_relaxed);
+          helpers_.fetch_add(1, std::memory_order_relaxed);
         }
       }
       if (job == nullptr) continue;
       job->work();
-      job->helpers.fetch_sub(1, std::memory_order_release);
+      helpers_.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -99,6 +82,7 @@ class Pool {
   std::mutex mutex_;      // guards what follows
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
+  std::atomic<int> helpers_{0};
   Job* job_ = nullptr;
   int allowed_ = 0;
   int started_ = 0;
@@ -121,12 +105,6 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(int64_t pieces, int threads, const std::function<void(int64_t)>& piece) {
-  if (threads <= 1 || pieces <= 1) {
-    for (int64_t i = 0; i < pieces; ++i) piece(i);
-    return;
-  }
-  pool().run(pieces, threads, piece);
-}
+void work_in_pool(Job& job, int threads) { pool().run(job, threads); }
 
 }  // namespace wandapp

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused():
 
     refused("in_features = 70", x=x[:, :69])
     refused("bf16, fp16 or fp32", x=x.double())
-    refused("bf16, fp16 or fp32", x=x[0])
+    refused("is needed", x=x[0, 0])
     refused("tensor 0", x=x.float())
     refused("tensor 1", tensors=[values, bitmap[:-1], offsets])
     refused("tensor 1", tensors=[values, bitmap.to(torch.int16), offsets])
@@ -185,14 +185,32 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_module_refuses_ranges_and_variants_by_itself():
+    plain = dict(_cpu.variants())["plain"]
+
+    def bound(rows: int = 4, columns: int = 4, variant=plain, layout=_cpu.Format.dense):
+        return _cpu.Bound(variant, layout, _cpu.Type.fp32, 1, 0, 0, 0, rows, columns)
+
     with pytest.raises(ValueError, match="rows"):
-        _cpu.decompress(_cpu.Format.dense, _cpu.Type.fp32, (1, 0, 0, 0, 1, 4), 4, 2, 5, False, 1)
+        _cpu.decompress(bound(), 2, 5, 1, False, 1)
     with pytest.raises(ValueError, match="one row"):
-        _cpu.decompress(_cpu.Format.dense, _cpu.Type.fp32, (1, 0, 0, 0, 1, 0), 4, 0, 0, False, 1)
+        bound(rows=0)
+    with pytest.raises(ValueError, match="share"):
+        _cpu.linear([bound(), bound(columns=5)], 1, 1, [1, 1], 1)
+    with pytest.raises(ValueError, match="an output for each"):
+        _cpu.linear([bound()], 1, 1, [1, 1], 1)
+    for _, variant in _cpu.variants():
+        for layout in _cpu.Format.__members__.values():
+            if not _cpu.has_kernel(variant, layout, _cpu.Type.fp32):
+                with pytest.raises(ValueError, match="no kernel"):
+                    _cpu.linear([bound(variant=variant, layout=layout)], 1, 1, [1], 1)
     missing = [value for name, value in _cpu.Variant.__members__.items() if name not in VARIANTS]
     for variant in missing:
         with pytest.raises(ValueError, match="cannot run"):
-            _cpu.linear(variant, _cpu.Format.dense, _cpu.Type.fp32, 1, 1, 4, [(1, 0, 0, 0, 1, 1)], 1)
+            bound(variant=variant)
+
+
+def test_torch_s_threads_do_the_work_where_it_has_openmp():
+    assert _cpu.parallel_backend() == ("openmp" if "USE_OPENMP=ON" in torch.__config__.show() else "own")
 
 
 @settings(max_examples=60, deadline=None)

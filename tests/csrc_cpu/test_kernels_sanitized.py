@@ -26,12 +26,13 @@ EMULATED = ["-DWANDAPP_EMULATE_AVX512"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 HAVE = ["-DWANDAPP_HAVE_AVX512", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
 
+PLAIN = ("kernels_plain", "cpu_features", "parallel", "thread_pool", "linear")
 AVX512 = ROOT / "cpu/kernels_avx512.cpp"
 FILES = [
     (AVX512, [*EMULATED, "-DWANDAPP_AVX512_KERNEL=avx512_kernel", "-DWANDAPP_BF16_DOT=0"]),
     (AVX512, [*EMULATED, "-DWANDAPP_AVX512_KERNEL=avx512_bf16_kernel", "-DWANDAPP_BF16_DOT=1"]),
     *([(ROOT / "cpu/kernels_avx2.cpp", AVX2)] if X86 else []),
-    *((ROOT / f"cpu/{name}.cpp", HAVE) for name in ("kernels_plain", "cpu_features", "thread_pool", "linear")),
+    *((ROOT / f"cpu/{name}.cpp", HAVE) for name in PLAIN),
     (Path(__file__).with_name("driver.cpp"), HAVE),
 ]
 

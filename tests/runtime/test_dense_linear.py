@@ -65,8 +65,8 @@ def test_fp32_keeps_torch_unless_measured(doubling: None, monkeypatch: pytest.Mo
         expected = layer(x)
         use_dense_kernels(model := nn.Sequential(layer))
         assert torch.equal(model(x), expected)
-        layer.__dict__.pop("_chosen")
-        monkeypatch.setattr(dense_linear.dispatch, "choose", lambda problem, layout: BACKENDS["test-doubling"])
+        layer.forget_calls()
+        monkeypatch.setattr(dense_linear.dispatch, "choose_dense", lambda problem: BACKENDS["test-doubling"])
         assert torch.equal(model(x), 2 * expected)
 
 

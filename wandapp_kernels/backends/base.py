@@ -104,6 +104,49 @@ class Backend(ABC):
             ``[M, N]`` in x's type, accumulated in at least float32.
         """
 
+    def bind(
+        self,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> Call:
+        """:meth:`run` on one weight, to be called many times while its tensors and its bias stay where they are."""
+        return Call(self, tensors, bias, shape, pattern)
+
+
+class Call:
+    """A backend bound to one weight: ``call(x) = x @ Wᵀ + bias``. Backends that look up much have a subclass.
+
+    Attributes:
+        backend: who runs it.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ):
+        self.backend = backend
+        self._arguments = (tensors, bias, shape, pattern)
+        self._shape = shape
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., N]``; x ``[..., K]`` contiguous, with one row or more."""
+        rows, columns = self._shape
+        return self.backend.run(x.view(-1, columns), *self._arguments).view(*x.shape[:-1], rows)
+
+    def fits(self, other: Call) -> bool:
+        """Whether `together` can run both on one input for less than one after the other."""
+        return False
+
+    def together(self, others: Sequence[Call], x: torch.Tensor) -> list[torch.Tensor]:
+        """What this one and the others, which all fit, make of x."""
+        return [call(x) for call in (self, *others)]
+
 
 BACKENDS: dict[str, Backend] = {}
 

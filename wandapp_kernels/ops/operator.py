@@ -17,6 +17,15 @@ from wandapp_kernels.ops.layouts import get_layout
 from wandapp_kernels.ops.running import parse_pattern, run
 
 DEVICES = ("CPU", "CUDA")
+# Bound here: the chain of attributes would take longer than the calls.
+is_compiling, _grad_enabled, _any_autocast = (
+    torch.compiler.is_compiling,
+    torch.is_grad_enabled,
+    torch._C._is_any_autocast_enabled,
+)
+_tracing, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 torch.library.define(
@@ -163,15 +172,10 @@ def _autocast(operator: Any, device: str) -> Callable[..., torch.Tensor]:
 
 def is_plain(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """True when nothing but the kernel would see the call: no tracing, gradient, autocast, mode, subclass or vmap."""
-    device = x.device.type
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or device not in AUTOCAST:
+    if is_compiling() or type(x) is not torch.Tensor or not (x.is_cpu or x.is_cuda):
         return False
-    if torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0:
+    if _tracing() is not None or forward_ad._current_level >= 0 or _modes() or _is_wrapped(x):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return not (
-        torch.is_autocast_enabled(device)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return not _any_autocast() or not torch.is_autocast_enabled(x.device.type)

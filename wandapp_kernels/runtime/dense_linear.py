@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from wandapp_kernels import dispatch
-from wandapp_kernels.backends import BACKENDS, DENSE, Backend, backends_of, token_bucket
-from wandapp_kernels.ops.operator import is_plain
-
-_HALF = (torch.float16, torch.bfloat16)
+from wandapp_kernels.backends import DENSE, Call
+from wandapp_kernels.runtime.kernel_linear import KernelLinear
 
 
-class DenseLinear(nn.Linear):
+class DenseLinear(KernelLinear):
     """An ``nn.Linear`` that lets dispatch choose the product; the Parameters are the original's, tied ones stay tied.
 
     Tracing, modes, transforms, gradients and autocast get ``nn.functional.linear``. Made by `use_dense_kernels`, which
@@ -21,40 +21,19 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if (
-            not is_plain(input, self.bias)
-            or type(weight) is not nn.Parameter
-            or (torch.is_grad_enabled() and weight.requires_grad)
-            or input.dtype != weight.dtype
-            or input.shape[-1] != self.in_features
-            or not input.numel()
-        ):
-            return super().forward(input)
-        x = input.reshape(-1, self.in_features).contiguous()
-        backend = self._backend(x)
-        if backend.name == DENSE:
-            return super().forward(input)
-        y = backend.run(x, [weight.detach()], self.bias, (self.out_features, self.in_features), None)
-        return y.view(*input.shape[:-1], self.out_features)
+        if type(weight) is nn.Parameter and not (weight.requires_grad and torch.is_grad_enabled()):
+            y = self._run_kernel(input)
+            if y is not None:
+                return y
+        return super().forward(input)
 
-    def _backend(self, x: torch.Tensor) -> Backend:
-        key = (token_bucket(x.shape[0]), x.dtype, x.device, torch.get_num_threads())
-        known: dict[object, Backend] = self.__dict__.setdefault("_chosen", {})
-        if key not in known:
-            problem = dispatch.problem_for(self.out_features, self.in_features, DENSE, x.shape[0], x.dtype, x.device)
-            known[key] = _preferred(problem)
-        return known[key]
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        return [self.weight]
 
-
-def _preferred(problem: dispatch.Problem) -> Backend:
-    """The fastest measured; else, at 16 bit, the first dense kernel of ours that is meant for so few tokens."""
-    if dispatch.explain(problem).times_us or problem.dtype not in _HALF:
-        return dispatch.choose(problem, DENSE)
-    for backend in backends_of(DENSE):
-        few = token_bucket(problem.tokens) <= backend.default_tokens
-        if backend.name != DENSE and few and backend.supports(problem) is None:
-            return backend
-    return BACKENDS[DENSE]
+    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
+        shape = (self.out_features, self.in_features)
+        problem = dispatch.problem_for(*shape, DENSE, x.numel() // x.shape[-1], x.dtype, x.device)
+        return dispatch.choose_dense(problem).bind(tensors, bias, shape, None)
 
 
 def use_dense_kernels(model: nn.Module) -> list[str]:
@@ -69,5 +48,5 @@ def use_torch(model: nn.Module) -> None:
     """Undo `use_dense_kernels`."""
     for module in model.modules():
         if isinstance(module, DenseLinear):
-            module.__dict__.pop("_chosen", None)
+            module.forget_calls()
             module.__class__ = nn.Linear  # type: ignore[assignment]

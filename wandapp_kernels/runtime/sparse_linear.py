@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from wandapp_kernels import dispatch
+from wandapp_kernels.backends import Call
 from wandapp_kernels.checkpoint.compressed import LayerForm
 from wandapp_kernels.checkpoint.format import (
     UNSTRUCTURED,
@@ -22,6 +24,7 @@ from wandapp_kernels.checkpoint.format import (
 from wandapp_kernels.errors import NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.ops import bitmap_linear, nm_linear
 from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
+from wandapp_kernels.runtime.kernel_linear import KernelLinear
 from wandapp_kernels.sparsity import Pattern
 
 _PICKLE = (
@@ -30,7 +33,7 @@ _PICKLE = (
 )
 
 
-class SparseLinear(nn.Linear):
+class SparseLinear(KernelLinear):
     """``y = x Wᵀ + b`` with a compressed ``W [out, in]``; ``x [..., in]``, ``y [..., out]`` in the type of ``x``.
 
     The layer holds the tensors of one layout (`ops.layouts`) and nothing else of the weight: the first is a Parameter
@@ -162,6 +165,8 @@ class SparseLinear(nn.Linear):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (y := self._run_kernel(x)) is not None:
+            return y
         if self.pattern == UNSTRUCTURED:
             return bitmap_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self._layout)
         return nm_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self.pattern, self._layout)
@@ -199,11 +204,22 @@ class SparseLinear(nn.Linear):
     def _tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in self._tensor_names]
 
+    def _weight_tensors(self) -> list[torch.Tensor]:
+        first, *others = self._tensor_names
+        values = self._parameters[first]
+        assert values is not None
+        return [values, *(cast("torch.Tensor", self._buffers[name]) for name in others)]
+
+    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
+        pattern = "" if self.pattern == UNSTRUCTURED else self.pattern
+        return dispatch.bind(x, tensors, bias, self.shape, pattern, self._layout)
+
     def _hold(self, weight: CompressedWeight, layout: str) -> None:
         found = get_layout(layout)
         reason = f"it is for {found.operator}" if found.operator != self._operator else found.supports(weight)
         if reason is not None:
             raise UsageError(f"layout {layout!r} cannot hold this {self.pattern} weight ({reason}); choose another")
+        self.forget_calls()
         for name in self._tensor_names:
             delattr(self, name)
         tensors = found.pack(weight)

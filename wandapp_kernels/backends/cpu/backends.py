@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch.nn import functional
 
-from wandapp_kernels.backends.base import DENSE, DENSE_OPERATOR, Backend, Problem
+from wandapp_kernels.backends.base import DENSE, DENSE_OPERATOR, Backend, Call, Problem
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.sparsity.pattern import Pattern
 
@@ -47,11 +48,16 @@ class CpuLinear(Backend):
 
         The threads are woken once and x is prepared once.
         """
-        outputs = compiled.linear(self.layout, x, matrices)
-        if outputs is not None:
-            return outputs
-        # x holds NaN or infinity: a dense linear also multiplies it with the zeros.
-        return [_by_strips(x, self.layout, tensors, bias, shape) for tensors, bias, shape in matrices]
+        return _run_many(self, x, matrices)
+
+    def bind(
+        self,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> CpuCall:
+        return CpuCall(self, tensors, bias, shape, tensors[0].dtype)
 
 
 class CpuStrips(Backend):
@@ -103,9 +109,55 @@ class CpuDense(Backend):
 
     def run_many(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         """Several dense matrices that share the input ``x [M, K]`` in one call: one ``[M, N]`` each."""
-        outputs = compiled.linear(DENSE, x, matrices)
-        assert outputs is not None, "dense kernels take any x"
-        return outputs
+        return _run_many(self, x, matrices)
+
+    def bind(
+        self,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> CpuCall:
+        return CpuCall(self, tensors, bias, shape, tensors[0].dtype)
+
+
+class CpuCall(Call):
+    """A weight bound to the compiled kernel of its layout: a call passes addresses."""
+
+    def __init__(
+        self,
+        backend: CpuLinear | CpuDense,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ):
+        super().__init__(backend, tensors, bias, shape, None)
+        self.bound = compiled.Bound(backend.layout, tensors, bias, shape, dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.together((), x)[0]
+
+    def fits(self, other: Call) -> bool:
+        if not isinstance(other, CpuCall):
+            return False
+        one, two = self.bound, other.bound
+        return (one.layout, one.dtype, one.shape[1]) == (two.layout, two.dtype, two.shape[1])
+
+    def together(self, others: Sequence[Call], x: torch.Tensor) -> list[torch.Tensor]:
+        calls = (self, *cast("Sequence[CpuCall]", others))
+        outputs = compiled.multiply(x, [call.bound for call in calls])
+        if outputs is not None:
+            return outputs
+        # x holds NaN or infinity: a dense linear also multiplies it with the zeros.
+        rows = x.view(-1, x.shape[-1])
+        outputs = [_by_strips(rows, call.bound.layout, *call._arguments[:3]) for call in calls]
+        return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+
+def _run_many(backend: CpuLinear | CpuDense, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+    first, *others = [CpuCall(backend, *matrix, x.dtype) for matrix in matrices]
+    return first.together(others, x)
 
 
 def _reason(problem: Problem, operator: str, also: str | None = None) -> str | None:

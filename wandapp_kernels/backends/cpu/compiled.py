@@ -70,46 +70,87 @@ def has_fast_bf16_gemm() -> bool:
     return _cpu.has_fast_bf16_gemm()
 
 
+class Bound:
+    """A weight in ``layout`` with its bias, checked once, so that a call only passes addresses.
+
+    Attributes:
+        layout, dtype: of the weight; x must have the type too.
+        shape: (N, K).
+    """
+
+    __slots__ = ("_tensors", "dtype", "layout", "native", "shape")
+
+    def __init__(
+        self,
+        layout: str,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ):
+        """Raises UsageError unless types and sizes fit together; see the functions below for the arguments."""
+        values, meta, offsets, kept = addresses(layout, tensors, shape, dtype)
+        if bias is not None:
+            if bias.dtype != dtype or bias.shape != (shape[0],) or bias.device.type != "cpu":
+                raise UsageError(f"bias is {bias.dtype} {tuple(bias.shape)}, but {dtype} {(shape[0],)} is needed")
+            bias = bias.contiguous()
+            kept.append(bias)
+        self.layout, self.dtype, self.shape = layout, dtype, shape
+        self._tensors = kept
+        address = 0 if bias is None else bias.data_ptr()
+        self.native = _cpu.Bound(_variant, FORMATS[layout], TYPES[dtype], values, meta, offsets, address, *shape)
+
+
+def multiply(x: torch.Tensor, bound: Sequence[Bound]) -> list[torch.Tensor] | None:
+    """``x @ Wᵀ + bias`` for every weight, in one call of the compiled module.
+
+    Args:
+        x: ``[..., K]`` on the CPU, contiguous, in the weights' type, with one row or more.
+        bound: weights of one layout and type, all with K columns.
+
+    Returns:
+        One ``[..., N]`` for each weight; None when x holds NaN or infinity and the layout is sparse, for then removed
+        weights matter (0 · NaN is NaN).
+
+    Raises:
+        UsageError: x does not fit.
+    """
+    dtype = bound[0].dtype
+    if x.dtype != dtype or not x.is_cpu or not x.is_contiguous() or not x.dim():
+        raise UsageError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}, but contiguous {dtype} is needed")
+    *leading, columns = x.shape
+    for one in bound:
+        if one.shape[1] != columns:
+            raise UsageError(f"x has {columns} columns, but the weight has in_features = {one.shape[1]}")
+    outputs = [torch.empty(*leading, one.shape[0], dtype=dtype) for one in bound]
+    finite = _cpu.linear(
+        [one.native for one in bound],
+        x.data_ptr(),
+        x.numel() // columns,
+        [output.data_ptr() for output in outputs],
+        torch.get_num_threads(),
+    )
+    return outputs if finite else None
+
+
 def linear(
     layout: str,
     x: torch.Tensor,
     matrices: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor | None, tuple[int, int]]],
 ) -> list[torch.Tensor] | None:
-    """``x @ Wᵀ + bias`` for every matrix, in one call of the compiled module.
+    """`multiply` with weights that are bound for this call.
 
     Args:
         layout: of all matrices.
         x: ``[M, K]`` of a type in ``TYPES``, M ≥ 1.
         matrices: (tensors, bias, (N, K)) of each; values and bias in x's type.
 
-    Returns:
-        One ``[M, N]`` for each matrix; None when x holds NaN or infinity and the layout is sparse, for then removed
-        weights matter (0 · NaN is NaN).
-
     Raises:
         UsageError: types, shapes or sizes do not fit together.
     """
-    if x.dtype not in TYPES or x.dim() != 2 or x.device.type != "cpu":
-        raise UsageError(f"the CPU kernels take x [M, K] in bf16, fp16 or fp32 on the CPU, not {x.dtype} {x.shape}")
-    x = x.contiguous()
-    tokens, columns = x.shape
-    outputs, arguments, alive = [], [], []
-    for tensors, bias, (rows, width) in matrices:
-        if width != columns:
-            raise UsageError(f"x has {columns} columns, but the weight has in_features = {width}")
-        values, meta, offsets, kept = addresses(layout, tensors, (rows, width), x.dtype)
-        if bias is not None:
-            if bias.dtype != x.dtype or bias.shape != (rows,):
-                raise UsageError(f"bias is {bias.dtype} {tuple(bias.shape)}, but {x.dtype} {(rows,)} is needed")
-            bias = bias.contiguous()
-        out = torch.empty((tokens, rows), dtype=x.dtype)
-        arguments.append((values, meta, offsets, 0 if bias is None else bias.data_ptr(), out.data_ptr(), rows))
-        outputs.append(out)
-        alive.append((kept, bias))
-    finite = _cpu.linear(
-        _variant, FORMATS[layout], TYPES[x.dtype], x.data_ptr(), tokens, columns, arguments, torch.get_num_threads()
-    )
-    return outputs if finite else None
+    if x.dtype not in TYPES:
+        raise UsageError(f"the CPU kernels take x in bf16, fp16 or fp32, not {x.dtype}")
+    return multiply(x.contiguous(), [Bound(layout, *matrix, x.dtype) for matrix in matrices])
 
 
 def decompress(
@@ -127,13 +168,9 @@ def decompress(
         raise UsageError(f"the CPU kernels decompress bf16, fp16 and fp32 to themselves or fp32, not {own} to {dtype}")
     rows, columns = shape
     last = rows if last is None else last
-    values, meta, offsets, kept = addresses(layout, tensors, shape, own)
+    bound = Bound(layout, tensors, None, shape, own)
     out = torch.empty((last - first, columns), dtype=dtype)
-    matrix = (values, meta, offsets, 0, out.data_ptr(), rows)
-    widen = dtype != own
-    threads = torch.get_num_threads()
-    _cpu.decompress(FORMATS[layout], TYPES[own], matrix, columns, first, last, widen, threads)
-    del kept
+    _cpu.decompress(bound.native, first, last, out.data_ptr(), dtype != own, torch.get_num_threads())
     return out
 
 
