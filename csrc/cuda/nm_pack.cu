@@ -10,3 +10,8 @@ extern "C" __global__ void __launch_bounds__(256) nm_unpack(const u16* packed_va
                                                             u8* indices, int n, int k) {
     nm_unpack_value(packed_values, metadata, values, indices, n, k);
 }
+
+extern "C" __global__ void __launch_bounds__(256) nm_decompress(const uint4* packed_values, const u32* metadata, u16* out,
+                                                                int n, int k) {
+    nm_decompress_vector(packed_values, metadata, out, n, k);
+}

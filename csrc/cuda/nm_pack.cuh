@@ -115,3 +115,37 @@ static __device__ __forceinline__ void nm_unpack_value(const u16* packed_values,
         indices[thread] = static_cast<u8>(metadata[word * 4 + row / 8 % 2 * 2 + byte % 2] & shape.used(byte));
     }
 }
+
+// The dense weight [n, k] again. Threads: one for each 16 bytes of packed values, which are four groups of four columns:
+// those of rows g and g + 8, twice.
+static __device__ __forceinline__ void nm_decompress_vector(const uint4* packed_values, const u32* metadata, u16* out,
+                                                            int n, int k) {
+    const int column_blocks = nm::blocks(k);
+    const u64 thread = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (thread >= static_cast<u64>(nm::blocks(n)) * column_blocks * 256) return;
+    const int lane = static_cast<int>(thread % 32), row_tile = static_cast<int>(thread / 32 % 4);
+    const int step = static_cast<int>(thread / 128 % 2);
+    const u64 block = thread / 256;
+    const int first_row = static_cast<int>(block / column_blocks) * 64 + row_tile * 16 + lane / 4;
+    const int first_column = static_cast<int>(block % column_blocks) * 64 + step * 32 + lane % 4 * 4;
+    const uint4 values = packed_values[thread];
+    const u32 pairs[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const int row = first_row + e % 2 * 8;
+        const int column = first_column + e / 2 * 16;
+        const u32 word = metadata[(block * 32 + lane / 4 * 4 + step * 2 + e / 2) * 4 + row_tile];
+        const u32 nibble = word >> (e % 2 * 16 + lane % 4 * 4) & 0xFu;
+        const u64 group = static_cast<u64>(pairs[e] & 0xFFFFu) << (16 * (nibble & 3)) |
+                          static_cast<u64>(pairs[e] >> 16) << (16 * (nibble >> 2));
+        if (row >= n) continue;
+        u16* target = out + static_cast<u64>(row) * k + column;
+        if (k % 4 == 0) {
+            if (column < k)
+                *reinterpret_cast<uint2*>(target) = make_uint2(static_cast<u32>(group), static_cast<u32>(group >> 32));
+            continue;
+        }
+        for (int i = 0; i < 4; ++i)
+            if (column + i < k) target[i] = static_cast<u16>(group >> (16 * i));
+    }
+}

@@ -20,6 +20,7 @@ void nm_plan(long long* out, int n, int k, int m, int multiprocessors, int matri
 const Kernel plan("nm_plan", &nm_plan);
 const Kernel pack("nm_pack", &nm_pack);
 const Kernel unpack("nm_unpack", &nm_unpack);
+const Kernel decompress("nm_decompress", &nm_decompress);
 
 #define REGISTER(NAME)                                         \
     const Kernel decode_##NAME("nm_decode_" #NAME, &nm_decode_##NAME); \

@@ -110,6 +110,18 @@ MUTATIONS = [
     Mutation("packed_row_tail", PACK, "place.row < n and place.column", "place.column", "pack"),
     Mutation("unpacked_lane", PACK, "row % 8 * 4 + column % 8 / 2", "row % 8 * 4 + column % 4", "pack"),
     Mutation("unpacked_byte", PACK, "row / 8 % 2 * 2 + byte % 2]", "row / 8 % 2 * 2 + (1 - byte % 2)]", "pack"),
+    Mutation("dense_row_half", PACK, "first_row + e % 2 * 8;", "first_row + e / 2 * 8;", "pack"),
+    Mutation("dense_column", PACK, "first_column + e / 2 * 16;", "first_column + e / 2 * 8;", "pack"),
+    Mutation("dense_metadata_lane", PACK, "step * 2 + e / 2) * 4", "step * 2 + e % 2) * 4", "pack"),
+    Mutation("dense_nibble", PACK, "(e % 2 * 16 + lane % 4 * 4)", "(e / 2 * 16 + lane % 4 * 4)", "pack"),
+    Mutation(
+        "dense_positions_swapped", PACK, "0xFFFFu) << (16 * (nibble & 3))", "0xFFFFu) << (16 * (nibble >> 2))", "pack"
+    ),
+    Mutation("dense_step", PACK, "* 64 + step * 32 + lane % 4 * 4", "* 64 + (1 - step) * 32 + lane % 4 * 4", "pack"),
+    Mutation("dense_row_tail", PACK, "if (row >= n) continue;", "", "pack"),
+    Mutation("dense_column_tail", PACK, "if (column + i < k) target[i]", "target[i]", "pack"),
+    Mutation("dense_vector_tail", PACK, "            if (column < k)\n                *rein", "*rein", "pack"),
+    Mutation("dense_unaligned_rows", PACK, "if (k % 4 == 0) {", "if (k % 2 == 0) {", "pack"),
     # The layout in Python: caught by the unchanged kernel
     Mutation("value_order", LAYOUT, "(0, 4, 5, 1, 3, 7, 6, 2, 8)", "(0, 4, 5, 1, 3, 7, 2, 6, 8)", "layout"),
     Mutation("value_steps", LAYOUT, "(0, 4, 5, 1, 3, 7, 6, 2, 8)", "(0, 4, 6, 1, 3, 7, 5, 2, 8)", "layout"),

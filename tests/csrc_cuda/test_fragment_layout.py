@@ -187,13 +187,17 @@ def test_packing_is_inverted_exactly(rows: int, columns: int, dtype: torch.dtype
     assert torch.equal(back.indices, weight.indices)
 
 
+def nibble_weight(nibble: int) -> tuple[NMWeight, torch.Tensor]:
+    """One block whose groups go through the six nibbles in turn, from ``nibble`` on; and the same dense."""
+    positions = NIBBLES[(torch.arange(BLOCK * BLOCK // 4).view(BLOCK, -1) + nibble) % 6]
+    mask = torch.zeros(BLOCK, BLOCK // 4, 4, dtype=torch.bool).scatter_(2, positions, True).flatten(1)
+    dense = torch.arange(1, BLOCK * BLOCK + 1).view(BLOCK, BLOCK).remainder(2000).half() * mask
+    return NMWeight.compress(dense, mask), dense
+
+
 def test_every_nibble_survives_in_every_place() -> None:
-    columns = BLOCK
     for nibble in range(6):
-        positions = NIBBLES[(torch.arange(BLOCK * columns // 4).view(BLOCK, -1) + nibble) % 6]
-        mask = torch.zeros(BLOCK, columns // 4, 4, dtype=torch.bool).scatter_(2, positions, True).flatten(1)
-        dense = torch.arange(1, BLOCK * columns + 1).view(BLOCK, columns).remainder(2000).half() * mask
-        weight = NMWeight.compress(dense, mask)
+        weight, dense = nibble_weight(nibble)
         assert torch.equal(LAYOUT.decompress(LAYOUT.pack(weight), weight.shape, weight.pattern), dense)
 
 
@@ -204,7 +208,10 @@ def test_padding_holds_legal_nibbles() -> None:
     assert set(nibbles.reshape(-1)) <= {0x4, 0x8, 0xC, 0x9, 0xD, 0xE}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 6), (64, 64), (65, 61), (70, 130), (17, 259)])
+SHAPES = [(1, 1), (1, 260), (3, 6), (64, 64), (65, 61), (70, 130), (17, 259), (130, 68)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_packing_kernels_do_the_same(emulator: Emulator, shape: tuple[int, int]) -> None:
     weight = random_weight(*shape, torch.bfloat16, seed=sum(shape))
     packed = [bits(tensor) for tensor in LAYOUT.pack(weight)]
@@ -218,6 +225,20 @@ def test_the_packing_kernels_do_the_same(emulator: Emulator, shape: tuple[int, i
     )
     assert np.array_equal(values, bits(weight.values))
     assert np.array_equal(indices, bits(weight.indices))
+    dense = np.full(shape, 0x7FFF, np.uint16)
+    *_, dense = emulator.run(Launch("nm_decompress", pack_grid(*shape), THREADS, 0, [*packed, dense, *shape]))
+    assert np.array_equal(dense, bits(weight.decompress()))
+
+
+def test_every_nibble_in_every_place_is_made_dense_by_the_kernel(emulator: Emulator) -> None:
+    for nibble in range(6):
+        weight, dense = nibble_weight(nibble)
+        packed = [bits(tensor) for tensor in LAYOUT.pack(weight)]
+        empty = np.full(dense.shape, 0x7FFF, np.uint16)
+        *_, found = emulator.run(
+            Launch("nm_decompress", pack_grid(*dense.shape), THREADS, 0, [*packed, empty, *dense.shape])
+        )
+        assert np.array_equal(found, bits(dense))
 
 
 def test_other_weights_are_refused() -> None:

@@ -39,7 +39,8 @@ const emulation::Kernel kernel("NAME", &run);""",
     "pack": """
 void pack(const u16* v, const u8* i, uint4* pv, u32* pm, int n, int k) { nm_pack_vector(v, i, pv, pm, n, k); }
 void unpack(const u16* pv, const u8* pm, u16* v, u8* i, int n, int k) { nm_unpack_value(pv, pm, v, i, n, k); }
-const emulation::Kernel kernel("NAME", &pack), inverse("NAME_inverse", &unpack);""",
+void dense(const uint4* pv, const u32* pm, u16* out, int n, int k) { nm_decompress_vector(pv, pm, out, n, k); }
+const emulation::Kernel kernel("NAME", &pack), inverse("NAME_inverse", &unpack), dense_("NAME_dense", &dense);""",
 }
 
 
@@ -108,7 +109,7 @@ def check_product(machine: Emulator, name: str, kernel: str) -> None:
 
 
 def check_packing(machine: Emulator, name: str) -> None:
-    for shape in ((70, 131), (33, 65)):
+    for shape in ((70, 131), (33, 65), (5, 70), (17, 100)):
         weight = random_weight(*shape, torch.bfloat16, seed=7)
         packed = [bits(tensor) for tensor in nm_problem.LAYOUT.pack(weight)]
         canonical = [bits(weight.values), bits(weight.indices)]
@@ -118,6 +119,9 @@ def check_packing(machine: Emulator, name: str) -> None:
             f"{name}_inverse", unpack_grid(*shape), THREADS, 0, [*packed, *map(np.zeros_like, canonical), *shape]
         )
         assert all(map(np.array_equal, machine.run(back)[2:], canonical))
+        dense = np.full(shape, 0x7FFF, np.uint16)
+        made = Launch(f"{name}_dense", pack_grid(*shape), THREADS, 0, [*packed, dense, *shape])
+        assert np.array_equal(machine.run(made)[2], bits(weight.decompress()))
 
 
 def check(machine: Emulator, mutation: Mutation) -> None:
