@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +36,8 @@ class Gpu:
     compilations: list[tuple[str, ...]] = field(default_factory=list)
     nvrtc_version: tuple[int, int] = (13, 0)
     nvrtc_fails: bool = False
+    device: int | None = None
+    loaded: list[tuple[str, int | None]] = field(default_factory=list)
 
 
 class _Kernel:
@@ -50,6 +51,17 @@ class _Kernel:
         allowed = self.max_dynamic_shared_size_bytes
         stream = self.gpu.active_stream or 0
         self.gpu.launches.append(Launched(self.name, self.path, grid, block, args, shared_mem, allowed, stream))
+
+
+class _Device:
+    def __init__(self, gpu: Gpu, index: int):
+        self.gpu, self.index = gpu, index
+
+    def __enter__(self):
+        self.before, self.gpu.device = self.gpu.device, self.index
+
+    def __exit__(self, *error):
+        self.gpu.device = self.before
 
 
 class _Stream:
@@ -101,7 +113,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """Put a fake GPU and a fake CuPy in place; undone at the end of the test."""
     gpu = Gpu()
     cupy: Any = types.ModuleType("cupy")
-    cupy.RawModule = lambda path: types.SimpleNamespace(get_function=lambda name: _Kernel(gpu, path, name))
+
+    def get_function(path: str, name: str) -> _Kernel:
+        gpu.loaded.append((name, gpu.device))
+        return _Kernel(gpu, path, name)
+
+    cupy.RawModule = lambda path: types.SimpleNamespace(get_function=lambda name: get_function(path, name))
+    cupy.zeros = lambda count, dtype: torch.zeros(count, dtype=torch.int32)
     cupy.cuda = types.SimpleNamespace(ExternalStream=lambda pointer, device: _Stream(gpu, pointer))
     libs: Any = types.ModuleType("cupy_backends.cuda.libs")
     libs.nvrtc = _Nvrtc(gpu)
@@ -115,7 +133,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "get_device_capability": lambda device=None: gpu.capability,
         "current_device": lambda: 0,
         "current_stream": lambda device=None: types.SimpleNamespace(cuda_stream=gpu.stream),
-        "device": lambda index: nullcontext(),
+        "device": lambda index: _Device(gpu, index),
         "is_current_stream_capturing": lambda: gpu.capturing,
         "get_device_properties": lambda device: properties,
         "get_device_name": lambda device=None: "Fake H100",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Iterator
 
@@ -19,9 +20,9 @@ from wandapp_kernels.backends.cuda.ahead import source_folder
 from wandapp_kernels.backends.cuda.bitmap import CudaBitmapBackend, bitmap_decode, decompress, plan_decode
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout, panel_counts
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
-from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_swiglu
+from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_swiglu, nm_swiglu_refusal
 from wandapp_kernels.backends.cuda.plan import plan
-from wandapp_kernels.errors import KernelError
+from wandapp_kernels.errors import KernelError, SparsityError
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.nm_weight import NMWeight
 
@@ -37,7 +38,8 @@ CACHED = (
 @pytest.fixture
 def gpu(monkeypatch, tmp_path) -> Iterator[Gpu]:
     monkeypatch.setenv("WANDAPP_CACHE", str(tmp_path))
-    monkeypatch.setattr(launcher, "_counters", {})
+    for kept in ("_counters", "_slabs", "_given"):
+        monkeypatch.setattr(launcher, kept, {})
     for cached in CACHED:
         cached.cache_clear()
     yield install(monkeypatch)
@@ -68,7 +70,9 @@ def test_bitmap_launch(gpu):
     (launch,) = gpu.launches
     assert launch.name == "bitmap_decode_bf16_8"
     assert (launch.grid, launch.block) == ((3, 1, 1), (256, 1, 1))
-    assert launch.shared == launch.allowed_shared == 8 * 3 * (256 + 4096)
+    assert launch.shared == 8 * 3 * (256 + 4096)
+    assert launch.allowed_shared == 232448
+    assert gpu.loaded == [("bitmap_decode_bf16_8", 0)]
     assert launch.stream == gpu.stream
     assert [int(value) for value in launch.arguments[:8]] == pointers(*tensors, x, bias, out, None, None)
     assert [int(value) for value in launch.arguments[8:]] == [3, 40, 264, 8]
@@ -132,25 +136,177 @@ def test_swiglu_launch(gpu):
     assert [int(value) for value in launch.arguments[:8]] == pointers(*gate, *up, x, None, None, out)
 
 
-def test_counters_are_kept_by_stream_and_belong_to_a_graph_under_capture(gpu):
+def test_counters_are_kept_by_stream(gpu):
     device = torch.device("cpu")
     first = launcher.counters(10, device)
     assert launcher.counters(4000, device) is first
     assert launcher.counters(5000, device).numel() == 5000
     gpu.stream = 78
-    other = launcher.counters(10, device)
-    assert other.data_ptr() != launcher._counters[0, 77].data_ptr()
+    assert launcher.counters(10, device).data_ptr() != launcher._counters[0, 77].data_ptr()
+
+
+def test_every_captured_launch_has_counters_of_its_own_and_fills_nothing(gpu, monkeypatch):
+    device = torch.device("cpu")
+    eager = launcher.counters(10, device)
+    monkeypatch.setattr(torch, "zeros", pytest.fail)
     gpu.capturing = True
-    graph = launcher.counters(10, device)
-    assert graph.data_ptr() != other.data_ptr()
-    assert not graph.any()
-    assert launcher._counters[0, 78] is other
+    captured = [launcher.counters(count, device) for count in (10, 33, 10)]
+    starts = [tensor.data_ptr() - captured[0].data_ptr() for tensor in captured]
+    assert starts == [0, 4 * 32, 4 * (32 + 64)]
+    assert not any(tensor.any() for tensor in captured)
+    assert eager.untyped_storage().data_ptr() not in {tensor.untyped_storage().data_ptr() for tensor in captured}
+
+
+def test_counters_for_captured_launches_are_laid_in_stock_by_calls_that_are_not_captured(gpu, monkeypatch):
+    monkeypatch.setattr(launcher, "_SLAB", 128)
+    device = torch.device("cpu")
+    gpu.capturing = True
+    assert not launcher.counters(10, device).any()  # nothing in stock: the graph zeroes its own
+    assert not launcher._slabs
+    gpu.capturing = False
+    launcher.counters(10, device)
+    gpu.capturing = True
+    launcher.counters(60, device)
+    last = launcher.counters(64, device)
+    first_slab = launcher._slabs[0][0]
+    assert last.data_ptr() == first_slab.data_ptr() + 4 * 64
+    assert launcher.counters(1, device).untyped_storage().data_ptr() != first_slab.untyped_storage().data_ptr()
+    gpu.capturing = False
+    launcher.counters(10, device)
+    assert launcher._slabs[0][0] is first_slab
+    assert len(launcher._slabs[0]) == 2
+    gpu.capturing = True
+    assert launcher.counters(1, device).data_ptr() == launcher._slabs[0][1].data_ptr()
+
+
+def test_what_outlives_a_call_is_memory_of_cupy(gpu, monkeypatch):
+    made = []
+    zeros = sys.modules["cupy"].zeros
+    monkeypatch.setattr(sys.modules["cupy"], "zeros", lambda *a, **k: made.append(gpu.active_stream) or zeros(*a, **k))
+    bitmap_decode(torch.randn(16, 4096).half(), bitmap_weight(40, 4096, torch.float16), None, (40, 4096))
+    assert made == [gpu.stream, gpu.stream]  # the stock and the stream's own, zeroed on torch's stream
+
+
+@pytest.fixture
+def gpu_weights(gpu, monkeypatch):
+    """Weights on the CPU count as weights on the GPU."""
+    monkeypatch.setattr(launcher, "why_not", lambda device, dtype: None)
+
+
+def test_packing_launches(gpu, gpu_weights):
+    dense = torch.randn(70, 130, generator=torch.Generator().manual_seed(0)).half()
+    dense.view(-1, 2)[:, 1] = 0
+    weight = NMWeight.compress(dense, pattern="2:4")
+    values, metadata = FragmentLayout().pack(weight)
+    back = FragmentLayout().unpack([values, metadata], (70, 130), None)
+    whole = FragmentLayout().decompress([values, metadata], (70, 130), None)
+    packed, unpacked, decompressed = gpu.launches
+    assert [launch.name for launch in gpu.launches] == ["nm_pack", "nm_unpack", "nm_decompress"]
+    assert (packed.grid, packed.block, packed.shared) == ((6, 1, 1), (256, 1, 1), 0)
+    assert (unpacked.grid, decompressed.grid) == ((-(-70 * 66 // 256), 1, 1), (6, 1, 1))
+    assert [int(value) for value in packed.arguments] == [
+        *pointers(weight.values, weight.indices, values, metadata),
+        *(70, 130),
+    ]
+    assert [int(value) for value in unpacked.arguments[:4]] == pointers(values, metadata, back.values, back.indices)
+    assert [int(value) for value in decompressed.arguments] == [*pointers(values, metadata, whole), 70, 130]
+    assert (back.values.shape, back.indices.shape) == (weight.values.shape, weight.indices.shape)
+    assert (whole.shape, whole.dtype) == ((70, 130), torch.float16)
+
+
+def test_packing_refuses_what_does_not_fit_before_the_launch(gpu, gpu_weights):
+    weight = NMWeight.compress(torch.eye(8, 16).half(), pattern="2:4")
+    with pytest.raises(SparsityError, match="indices has shape"):
+        FragmentLayout().pack(NMWeight(weight.values, weight.indices[:, :1], weight.shape, weight.pattern))
+    for wrong in (nm_weight(65, 64), [nm_weight(8, 16)[0], torch.zeros(1, 1, 32, 4)]):
+        with pytest.raises(KernelError, match="cannot be unpacked"):
+            FragmentLayout().decompress(wrong, (8, 16), None)
+        with pytest.raises(KernelError, match="cannot be unpacked"):
+            FragmentLayout().unpack(wrong, (8, 16), None)
+    assert {launch.name for launch in gpu.launches} <= {"nm_pack"}
+
+
+def test_a_weight_without_rows_is_not_launched(gpu, gpu_weights):
+    weight = NMWeight.compress(torch.zeros(0, 16).half(), pattern="2:4")
+    tensors = FragmentLayout().pack(weight)
+    assert FragmentLayout().decompress(tensors, (0, 16), None).shape == (0, 16)
+    assert not gpu.launches
+
+
+def test_bitmap_values_that_do_not_fit_their_offsets_are_refused():
+    weight = BitmapWeight.compress(torch.eye(16, 128).half())
+    with pytest.raises(SparsityError, match="row_offsets ends at 16, but there are 15 values"):
+        BitmapMmaLayout().pack(BitmapWeight(weight.values[:15], weight.bitmap, weight.row_offsets, weight.shape))
+
+
+def test_swiglu_takes_any_leading_dimensions_and_views(gpu, monkeypatch):
+    monkeypatch.setattr(nm_backend, "why_not", lambda device, dtype: None)
+    gate, up = nm_weight(), nm_weight()
+    x = torch.randn(264, 2, 3).bfloat16().permute(1, 2, 0)
+    assert nm_swiglu_refusal(x, gate, up, None, None, (40, 264)) is None
+    assert nm_swiglu(x, gate, up, None, None, (40, 264)).shape == (2, 3, 40)
+    assert [int(value) for value in gpu.launches[0].arguments[-4:-1]] == [40, 264, 6]
+
+
+def test_swiglu_says_why_it_refuses(gpu, monkeypatch):
+    gate, up, x = nm_weight(), nm_weight(), torch.randn(2, 264).bfloat16()
+
+    def refused(x=x, gate=gate, up=up, gate_bias=None, up_bias=None, shape=(40, 264)):
+        return nm_swiglu_refusal(x, gate, up, gate_bias, up_bias, shape)
+
+    assert "on cpu" in refused()
+    monkeypatch.setattr(nm_backend, "why_not", lambda device, dtype: None)
+    assert refused() is None
+    assert "64 tokens" in refused(x=torch.zeros(5, 13, 264).bfloat16())
+    assert "weight wants [tokens, 264]" in refused(x=torch.zeros(0, 264).bfloat16())
+    assert "(40, 264)" in refused(x=torch.zeros(2, 260).bfloat16())
+    assert "gate has 4 tensors" in refused(gate=[*gate, *up], up=[])
+    assert "float16" in refused(up=nm_weight(dtype=torch.float16))
+    assert "values is" in refused(up=nm_weight(104, 264))
+    assert "bias is" in refused(up_bias=torch.zeros(41).bfloat16())
+    with pytest.raises(KernelError, match=r"\(40, 264\)"):
+        nm_swiglu(torch.zeros(2, 260).bfloat16(), gate, up, None, None, (40, 264))
+    assert not gpu.launches
 
 
 def test_a_refused_launch_names_the_kernel(gpu):
     gpu.refuses = True
     with pytest.raises(KernelError, match=r"bitmap_decode_bf16_8 cannot be launched.*CUDA_ERROR_INVALID_VALUE"):
         bitmap_decode(torch.randn(1, 128).bfloat16(), bitmap_weight(16, 128), None, (16, 128))
+
+
+def test_a_kernel_that_cannot_be_loaded_under_capture_says_what_to_do(gpu, monkeypatch):
+    def refuse(path):
+        raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
+
+    monkeypatch.setattr(sys.modules["cupy"], "RawModule", refuse)
+    gpu.capturing = True
+    with pytest.raises(KernelError, match=r"CAPTURE_UNSUPPORTED.*call it once before the capture"):
+        bitmap_decode(torch.randn(1, 128).bfloat16(), bitmap_weight(16, 128), None, (16, 128))
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ImportError("libnvrtc.so.13:\n cannot open shared object file"),
+        ModuleNotFoundError("No module named 'fastrlock'", name="fastrlock"),
+        RuntimeError("CUDA driver version is insufficient"),
+    ],
+)
+def test_a_broken_cupy_is_a_reason_and_no_crash(gpu, monkeypatch, failure):
+    real = builtins.__import__
+
+    def importing(name, *arguments, **options):
+        if name == "cupy":
+            raise failure
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    launcher._cupy_missing.cache_clear()
+    reason = CudaBitmapBackend().supports(problem())
+    assert " ".join(str(failure).split()) in reason
+    assert "cupy-cuda13x" in reason
+    assert "\n" not in reason
 
 
 def broken_weights() -> dict[str, list[torch.Tensor]]:

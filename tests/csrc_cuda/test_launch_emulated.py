@@ -10,7 +10,7 @@ import torch
 from emulator import Emulator, Launch
 from torch.nn import functional
 
-from wandapp_kernels.backends.cuda import bitmap, nm
+from wandapp_kernels.backends.cuda import bitmap, launcher, nm, nm_packing
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
 from wandapp_kernels.sparsity import mask_from_scores
@@ -20,7 +20,7 @@ from wandapp_kernels.sparsity.pattern import Pattern
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
     return tensor.detach().contiguous().view(kind).numpy()
 
 
@@ -42,8 +42,9 @@ def gpu(emulator: Emulator, monkeypatch):
         for array, result in zip([each for each in passed if isinstance(each, np.ndarray)], results, strict=True):
             array[...] = result
 
-    for module in (bitmap, nm):
+    for module in (bitmap, nm, nm_packing):
         monkeypatch.setattr(module, "launch", launch)
+    for module in (bitmap, nm):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 8)
         monkeypatch.setattr(module, "counters", lambda count, device: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(bitmap, "shared_memory", lambda device: 232448)
@@ -71,6 +72,20 @@ def test_bitmap(gpu, tokens, rows, columns):
     out = bitmap.bitmap_decode(x, tensors, bias, (rows, columns))
     assert_close(out, functional.linear(x.double(), weight.double(), bias.double()))
     assert torch.equal(bitmap.decompress(tensors, (rows, columns)), weight)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4), (70, 130), (64, 131)])
+def test_packing_2_of_4(gpu, rows, columns, monkeypatch):
+    layout, weight = FragmentLayout(), pruned(rows, columns, "2:4")
+    compressed = NMWeight.compress(weight, pattern="2:4")
+    in_torch = layout.pack(compressed)
+    monkeypatch.setattr(launcher, "why_not", lambda device, dtype: None)
+    tensors = layout.pack(compressed)
+    assert all(map(torch.equal, tensors, in_torch))
+    back = layout.unpack(tensors, (rows, columns), compressed.pattern)
+    assert torch.equal(back.values, compressed.values)
+    assert torch.equal(back.indices, compressed.indices)
+    assert torch.equal(layout.decompress(tensors, (rows, columns), compressed.pattern), weight)
 
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 70, 512), (9, 64, 200)])

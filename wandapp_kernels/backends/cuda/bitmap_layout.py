@@ -85,6 +85,9 @@ class BitmapMmaLayout(Layout):
         if (reason := self.supports(weight)) is not None:
             raise UsageError(f"layout {self.name!r} cannot hold this weight: {reason}")
         assert isinstance(weight, BitmapWeight)
+        # Here, where every weight comes in: kernels follow the offsets, and a launch must not wait to look at them.
+        if (last := int(weight.row_offsets[-1])) != len(weight.values):
+            raise SparsityError(f"row_offsets ends at {last}, but there are {len(weight.values)} values")
         bits = as_bits(weight.values, "values")
         rows, columns = weight.shape
         words, counts, kept_values = [], [], []

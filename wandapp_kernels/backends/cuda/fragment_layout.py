@@ -16,6 +16,7 @@ sparsity selector is the step. Bytes: 9/16 of the padded dense weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,10 @@ def blocks(extent: int) -> int:
 
 
 class FragmentLayout(Layout):
-    """``[values, metadata]`` in fragment order (see the module)."""
+    """``[values, metadata]`` in fragment order (see the module).
+
+    Each of the three methods is one CUDA kernel on a GPU that can run it, and torch elsewhere: the same bits.
+    """
 
     name = "nm-mma"
     operator = "nm_linear"
@@ -62,6 +66,8 @@ class FragmentLayout(Layout):
         if (reason := self.supports(weight)) is not None:
             raise UsageError(reason)
         assert isinstance(weight, NMWeight)
+        if (kernels := _kernels(weight.values)) is not None:
+            return kernels.pack(weight)
         rows, columns = weight.shape
         row_blocks, column_blocks = blocks(rows), blocks(columns)
         values = as_bits(weight.values, "values")
@@ -71,6 +77,8 @@ class FragmentLayout(Layout):
         return [values.contiguous().view(weight.values.dtype).flatten(4, 5).flatten(5), metadata]
 
     def unpack(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None) -> NMWeight:
+        if (kernels := _kernels(tensors[0])) is not None:
+            return kernels.unpack(tensors, shape)
         values, metadata = tensors
         rows, columns = shape
         row_blocks, column_blocks = blocks(rows), blocks(columns)
@@ -83,6 +91,20 @@ class FragmentLayout(Layout):
         if kept * 2 % 8:
             indices[:, -1] &= (1 << kept * 2 % 8) - 1
         return NMWeight(canonical[:rows, :kept].contiguous().view(values.dtype), indices, shape, PATTERN)
+
+    def decompress(
+        self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None
+    ) -> torch.Tensor:
+        if (kernels := _kernels(tensors[0])) is not None:
+            return kernels.decompress(tensors, shape)
+        return super().decompress(tensors, shape, pattern)
+
+
+def _kernels(values: torch.Tensor) -> ModuleType | None:
+    """The same by kernels, where ``values`` are on a GPU that they can run on."""
+    from wandapp_kernels.backends.cuda import launcher, nm_packing
+
+    return nm_packing if launcher.why_not(values.device, values.dtype) is None else None
 
 
 def _words(weight: NMWeight, row_blocks: int, column_blocks: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Launches the kernels of csrc/cuda through CuPy on torch's current stream: no host synchronisation, no copies.
 
-Safe inside CUDA graphs: memory comes from torch's allocator, and a launch under capture gets counters of its own.
+Safe inside CUDA graphs: outputs come from torch's allocator, and a launch under capture has counters of its own. The
+first launch of a kernel loads it, which a capture may forbid: call a layer once before it is captured.
 """
 
 from __future__ import annotations
@@ -43,9 +44,20 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
 def _cupy_missing() -> str | None:
     try:
         import cupy  # noqa: F401
-    except ImportError:
-        return 'CuPy is not installed: pip install "wandapp_kernels[cuda13]" (or [cuda12])'
+    except ModuleNotFoundError as error:
+        if error.name == "cupy":
+            return 'CuPy is not installed: pip install "wandapp_kernels[cuda13]" (or [cuda12])'
+        return _cupy_broken(error)
+    except Exception as error:  # two of its packages at once, another CUDA than the driver's, a missing library, ...
+        return _cupy_broken(error)
     return None
+
+
+def _cupy_broken(error: Exception) -> str:
+    return (
+        f"CuPy cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:200]}): install the one of "
+        "cupy-cuda13x and cupy-cuda12x that fits the driver, and no other"
+    )
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
@@ -66,13 +78,14 @@ def check_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype, like: torc
 
 
 @lru_cache(maxsize=256)
-def _kernel(source: str, name: str, device: int, shared_bytes: int) -> Any:
+def _kernel(source: str, name: str, device: int) -> Any:
     import cupy
 
     path = compiled(source, torch.cuda.get_device_capability(device))
-    kernel = cupy.RawModule(path=str(path)).get_function(name)
-    with torch.cuda.device(device):
-        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    with torch.cuda.device(device):  # the module is loaded into this device's context
+        kernel = cupy.RawModule(path=str(path)).get_function(name)
+        # A limit, not a reservation: every launch says what it uses.
+        kernel.max_dynamic_shared_size_bytes = shared_memory(torch.device("cuda", device))
     return kernel
 
 
@@ -109,39 +122,60 @@ def launch(
         KernelError: the kernel cannot be compiled, or the driver refuses the launch.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    kernel = _kernel(source, name, index, shared_bytes)
     values = tuple(
         np.int32(argument) if isinstance(argument, int) else np.uintp(0 if argument is None else argument.data_ptr())
         for argument in arguments
     )
-    stream = _cupy_stream(index, torch.cuda.current_stream(index).cuda_stream)
     try:
+        kernel = _kernel(source, name, index)
+        stream = _cupy_stream(index, torch.cuda.current_stream(index).cuda_stream)
         with torch.cuda.device(index), stream:
             kernel((*grid, 1), (threads, 1, 1), values, shared_mem=shared_bytes)
+    except KernelError:
+        raise
     except Exception as error:
+        capturing = " (a graph is being captured: call it once before the capture)"
         raise KernelError(
             f"{name} cannot be launched with a grid of {grid}, {threads} threads and {shared_bytes} bytes of shared "
-            f"memory: {error}"
+            f"memory: {error}{capturing if torch.cuda.is_current_stream_capturing() else ''}"
         ) from error
 
 
+_SLAB = 1 << 20  # words that captured launches are given, 4 MiB at a time; a launch takes a few hundred
 _counters: dict[tuple[int, int], torch.Tensor] = {}
+_slabs: dict[int, list[torch.Tensor]] = {}  # of each device, kept for ever: graphs hold addresses inside them
+_given: dict[int, int] = {}  # words of the last slab that captured launches have
 
 
 def counters(count: int, device: torch.device) -> torch.Tensor:
     """At least ``count`` zeros (int32) that every kernel leaves as zeros.
 
-    They are kept for each device and stream, since launches on one stream follow each other. Under capture they belong
-    to the graph, which may be replayed on any stream.
+    They are kept for each device and stream, since launches on one stream follow each other. A captured launch has its
+    own for ever, since its graph may be replayed on any stream; they are laid in stock by calls outside of a capture.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index
+    if torch.cuda.is_current_stream_capturing():
+        given, last = _given.get(index, 0), -(-count // 32) * 32
+        if index not in _slabs or given + last > _SLAB:  # nothing ran before the capture, or very much was captured
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _given[index] = given + last
+        return _slabs[index][-1][given : given + count]
+    if index not in _slabs or _given.get(index, 0) > _SLAB // 2:
+        _slabs.setdefault(index, []).append(_zeros(_SLAB, index))
+        _given[index] = 0
     key = (index, torch.cuda.current_stream(index).cuda_stream)
     kept = _counters.get(key)
     if kept is None or kept.numel() < count:
-        kept = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        kept = _counters[key] = _zeros(max(count, 4096), index)
     return kept
+
+
+def _zeros(count: int, index: int) -> torch.Tensor:
+    """CuPy's memory: what outlives a call must not lie in a pool of torch's, which may belong to a graph."""
+    import cupy
+
+    with torch.cuda.device(index), _cupy_stream(index, torch.cuda.current_stream(index).cuda_stream):
+        return torch.from_dlpack(cupy.zeros(count, dtype=np.int32))
 
 
 @lru_cache(maxsize=16)

@@ -68,8 +68,49 @@ def nm_swiglu(
     up_bias: torch.Tensor | None,
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """``silu(x @ Gᵀ + gate_bias) * (x @ Uᵀ + up_bias)``, both products in one launch; the rest as :func:`nm_decode`."""
-    return _launch(x, (*gate, *up), (gate_bias, up_bias), shape)
+    """``silu(x @ Gᵀ + gate_bias) * (x @ Uᵀ + up_bias)`` in one launch, summed and multiplied in fp32.
+
+    Args:
+        x: ``[..., K]`` float16 or bfloat16 on a GPU.
+        gate, up: two weights of one shape in layout ``"nm-mma"``, values in x's type.
+        gate_bias, up_bias: ``[N]`` in x's type, or None.
+        shape: ``(N, K)`` of each.
+
+    Returns:
+        ``[..., N]`` in x's type.
+
+    Raises:
+        KernelError: the tensors do not fit together. :func:`nm_swiglu_refusal` tells before.
+    """
+    if x.shape[-1:] != shape[1:]:
+        raise KernelError(f"the SwiGLU kernel cannot run: x has shape {tuple(x.shape)}, and the weights {shape}")
+    rows = x.reshape(-1, shape[1]).contiguous()
+    return _launch(rows, (*gate, *up), (gate_bias, up_bias), shape).view(*x.shape[:-1], shape[0])
+
+
+def nm_swiglu_refusal(
+    x: torch.Tensor,
+    gate: Sequence[torch.Tensor],
+    up: Sequence[torch.Tensor],
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> str | None:
+    """None when :func:`nm_swiglu` takes these and is worth calling, else the reason in one sentence; no tensor is read.
+
+    It refuses devices and types without the kernel, no token, more than ``MOST_TOKENS`` of them, and tensors that are
+    not two weights of ``shape`` in layout ``"nm-mma"`` with their biases.
+    """
+    if (reason := why_not(x.device, x.dtype)) is not None:
+        return reason
+    if len(gate) != 2 or len(up) != 2:
+        return f"gate has {len(gate)} tensors and up {len(up)}: layout {FragmentLayout.name!r} has two"
+    if x.shape[-1:] != shape[1:]:
+        return f"x has shape {tuple(x.shape)}, and the weights {shape}"
+    rows = x.reshape(-1, shape[1]).contiguous()
+    if len(rows) > MOST_TOKENS:
+        return f"the kernel takes up to {MOST_TOKENS} tokens at once, not {len(rows)}"
+    return refusal(rows, gate, gate_bias, shape) or refusal(rows, up, up_bias, shape)
 
 
 class CudaNMBackend(Backend):
@@ -77,7 +118,7 @@ class CudaNMBackend(Backend):
 
     name = "cuda-nm"
     layout = FragmentLayout.name
-    default_tokens = 16
+    default_tokens = MOST_TOKENS
 
     def supports(self, problem: Problem) -> str | None:
         if problem.pattern != "2:4":

@@ -94,7 +94,7 @@ def plan(n: int, k: int, m: int, multiprocessors: int, matrices: int = 1, splits
 
 
 def pack_grid(n: int, k: int) -> tuple[int, int, int]:
-    """Grid of ``nm_pack`` for a weight ``[n, k]``: a thread for each 16 bytes of packed values."""
+    """Grid of ``nm_pack`` and ``nm_decompress`` for a weight ``[n, k]``: a thread for each 16 bytes of values."""
     return (blocks(n) * blocks(k) * BLOCK * BLOCK // 16 // THREADS, 1, 1)
 
 
@@ -119,19 +119,35 @@ def refusal(
         return f"x is {x.dtype}: the kernel takes float16 and bfloat16"
     if x.dim() != 2 or x.shape[1] != k or x.shape[0] < 1:
         return f"x has shape {tuple(x.shape)}: the weight wants [tokens, {k}]"
-    wanted: list[tuple[str, torch.Tensor, torch.dtype, tuple[int, ...]]] = [("x", x, x.dtype, tuple(x.shape))]
+    if not x.is_contiguous():
+        return "x is not contiguous: call .contiguous() first"
+    if bias is not None and (reason := _tensor_refusal("bias", bias, x, x.dtype, (n,))) is not None:
+        return reason
+    return weight_refusal(tensors, shape, x)
+
+
+def weight_refusal(tensors: Sequence[torch.Tensor], shape: tuple[int, int], like: torch.Tensor) -> str | None:
+    """None when ``tensors`` are weights of ``shape`` in the fragment layout, with ``like``'s type, on its device."""
+    row_blocks, column_blocks = blocks(shape[0]), blocks(shape[1])
     for values, metadata in zip(tensors[::2], tensors[1::2], strict=True):
-        wanted.append(("values", values, x.dtype, (blocks(n), blocks(k), 2, 4, 32, 8)))
-        wanted.append(("metadata", metadata, torch.int32, (blocks(n), blocks(k), 32, 4)))
-    if bias is not None:
-        wanted.append(("bias", bias, x.dtype, (n,)))
-    for name, tensor, dtype, size in wanted:
-        if tensor.dtype != dtype or tuple(tensor.shape) != size:
-            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be {dtype} {size}"
-        if tensor.device != x.device:
-            return f"{name} is on {tensor.device} and x on {x.device}: they must be on the same device"
-        if not tensor.is_contiguous():
-            return f"{name} is not contiguous: call .contiguous() first"
-        if name in ("values", "metadata") and tensor.data_ptr() % ALIGNMENT:
-            return f"{name} does not start at a multiple of {ALIGNMENT} bytes: clone it first"
+        for name, tensor, dtype, size in (
+            ("values", values, like.dtype, (row_blocks, column_blocks, 2, 4, 32, 8)),
+            ("metadata", metadata, torch.int32, (row_blocks, column_blocks, 32, 4)),
+        ):
+            if (reason := _tensor_refusal(name, tensor, like, dtype, size)) is not None:
+                return reason
+            if tensor.data_ptr() % ALIGNMENT:
+                return f"{name} does not start at a multiple of {ALIGNMENT} bytes: clone it first"
+    return None
+
+
+def _tensor_refusal(
+    name: str, tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...]
+) -> str | None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != size:
+        return f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be {dtype} {size}"
+    if tensor.device != like.device:
+        return f"{name} is on {tensor.device} and not on {like.device}: all tensors must be on the same device"
+    if not tensor.is_contiguous():
+        return f"{name} is not contiguous: call .contiguous() first"
     return None
