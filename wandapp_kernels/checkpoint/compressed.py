@@ -173,6 +173,10 @@ class CompressedFolder:
             raise CheckpointError(f"{self._at(f'{layer}.weight')} is not what it claims to be: {error}") from error
         return weight
 
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Type and shape of one tensor, by its file's header."""
+        return self._places[name].dtype, self._places[name].shape
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in memory of its own. Raises CheckpointError if its file is cut short or its checksum differs."""
         place = self._places[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -47,27 +49,82 @@ def load_compressed(
     config = type(config).from_dict({**config.to_dict(), "quantization_config": None})
     with _weights_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
-    for name, form in checkpoint.layers.items():
-        transposed = _check_module(model, name, form, checkpoint)
+    for name in checkpoint.layers:
+        drop_weight(model, name, checkpoint)
+    fill(model, checkpoint, dtype)
+    return model.eval()
+
+
+def drop_weight(model: nn.Module, name: str, checkpoint: CompressedFolder) -> None:
+    """Take the weight from a linear layer that `fill` will replace; its bias stays.
+
+    Raises:
+        CheckpointError: the model has no linear layer of that name, or one of another shape.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if type(module) is Conv1D:
+        found = (module.nf, module.nx)
+    elif type(module) is nn.Linear:
+        found = (module.out_features, module.in_features)
+    else:
+        raise CheckpointError(f"config.json in {checkpoint.folder} compresses {name}, which is no linear layer there")
+    form = checkpoint.layers[name]
+    if found != form.shape:
+        raise CheckpointError(
+            f"the tensor {name}.weight of {checkpoint.folder} is {list(form.shape)}, but the model needs "
+            f"{list(found)}; get matching files"
+        )
+    # A plain attribute, for transformers' initialisation, which asks for its shape.
+    shape = module.weight.shape
+    del module.weight
+    module.__dict__["weight"] = torch.empty(shape, device="meta")
+
+
+def fill(
+    model: PreTrainedModel,
+    checkpoint: CompressedFolder,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give a model, whose compressed layers have passed `drop_weight`, every tensor of its folder, checked.
+
+    Args:
+        model: its other parameters may be anywhere, and are replaced; buffers that the folder lacks are kept.
+        dtype: as for `load_compressed`.
+        device: where the tensors go, and whose kernels the layers are packed for.
+
+    Raises:
+        CheckpointError: as `load_compressed`.
+    """
+    for name in checkpoint.layers:
+        module = model.get_submodule(name)
         weight = checkpoint.weight(name)
         try:
-            weight = weight.to(dtype=dtype)
+            weight = weight.to(device=device, dtype=dtype)
         except (NonFiniteError, SparsityError) as error:
-            raise CheckpointError(f"the weight {name} of {folder} cannot be read as {dtype}: {error}") from error
-        bias = model.get_submodule(name).bias
-        sparse = SparseLinear(weight, bias, layout=fastest_layout(weight), transposed=transposed)  # type: ignore[arg-type]
+            where = f"the weight {name} of {checkpoint.folder}"
+            raise CheckpointError(f"{where} cannot be read as {dtype}: {error}") from error
+        transposed = isinstance(module, Conv1D)
+        sparse = SparseLinear(weight, module.bias, layout=fastest_layout(weight), transposed=transposed)  # type: ignore[arg-type]
         model.set_submodule(name, sparse)
         del weight
-    for name in checkpoint.other:
-        _assign(model, name, checkpoint, dtype)
+    known = [_assign(model, name, checkpoint, dtype, device) for name in checkpoint.other]
     model.tie_weights()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise CheckpointError(f"the tensor {name} of {folder} is missing; get the complete checkpoint")
+    # Tied parameters are one object. Tensors are compared by identity: what the model held before may have any value.
+    known += [own for _, layer in sparse_layers(model) for name, own in layer.named_parameters() if name != "bias"]
+    present = {id(tensor) for tensor in known}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in present:
+            raise _missing(checkpoint, name)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise _missing(checkpoint, name)
     use_dense_kernels(model)
     mark_config(model)
     release_free_memory()
-    return model.eval()
 
 
 def save_compressed(
@@ -125,62 +182,82 @@ def _complete_config(path: Path, model: PreTrainedModel, layers: dict[str, Layer
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+class _Building(threading.local):
+    """Whether this thread is building a model without weights."""
+
+    now = False
+
+
+_building = _Building()
+_hook_lock = threading.Lock()
+_hooked = False
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if not _building.now or parameter is None or parameter.is_meta:
+        return None  # as it is
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
 @contextmanager
 def _weights_on_meta() -> Iterator[None]:
-    """Parameters made inside have no memory; buffers, which checkpoints may lack, are real and initialised."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    """Parameters this thread makes inside have no memory; buffers, which checkpoints may lack, are initialised."""
+    global _hooked
+    with _hook_lock:
+        if not _hooked:
+            # Never removed: torch walks through its hooks without a lock, while another thread may build a module.
+            register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
+            _hooked = True
+    before, _building.now = _building.now, True
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _building.now = before
 
 
-def _check_module(model: nn.Module, name: str, form: LayerForm, checkpoint: CompressedFolder) -> bool:
-    """Whether the layer is a ``Conv1D``; raises CheckpointError unless the form fits the model's layer."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if type(module) is Conv1D:
-        found = (module.nf, module.nx)
-    elif type(module) is nn.Linear:
-        found = (module.out_features, module.in_features)
-    else:
-        raise CheckpointError(f"config.json in {checkpoint.folder} compresses {name}, which is no linear layer there")
-    if found != form.shape:
-        raise CheckpointError(
-            f"the tensor {name}.weight of {checkpoint.folder} is {list(form.shape)}, but the model needs "
-            f"{list(found)}; get matching files"
-        )
-    return isinstance(module, Conv1D)
+def _missing(checkpoint: CompressedFolder, name: str) -> CheckpointError:
+    return CheckpointError(f"the tensor {name} of {checkpoint.folder} is missing; get the complete checkpoint")
 
 
-def _assign(model: nn.Module, name: str, checkpoint: CompressedFolder, dtype: torch.dtype | None) -> None:
+def check_place(model: nn.Module, name: str, checkpoint: CompressedFolder) -> tuple[nn.Module, torch.Tensor]:
+    """The module that owns a tensor which belongs to no compressed weight, and what the module holds there now.
+
+    Raises:
+        CheckpointError: the model has no such parameter or buffer, or one of another shape or kind of type.
+    """
     owner, _, own = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
     except AttributeError:
         module = nn.Module()
-    places: dict[str, Any] = module._parameters if own in module._parameters else module._buffers
-    if places.get(own) is None or own in module._non_persistent_buffers_set:
+    known = {**module._parameters, **module._buffers}.get(own)
+    if known is None or own in module._non_persistent_buffers_set:
         raise CheckpointError(f"the tensor {name} of {checkpoint.folder} has no place in the model; get matching files")
-    tensor, known = checkpoint.tensor(name), places[own]
-    if tensor.shape != known.shape or tensor.is_floating_point() != known.is_floating_point():
+    dtype, shape = checkpoint.kind(name)
+    if shape != known.shape or dtype.is_floating_point != known.is_floating_point():
         raise CheckpointError(
-            f"the tensor {name} of {checkpoint.folder} is {tensor.dtype} {list(tensor.shape)}, but the model needs "
+            f"the tensor {name} of {checkpoint.folder} is {dtype} {list(shape)}, but the model needs "
             f"{known.dtype} {list(known.shape)}; get matching files"
         )
+    return module, known
+
+
+def _assign(
+    model: nn.Module, name: str, checkpoint: CompressedFolder, dtype: torch.dtype | None, device: torch.device | str
+) -> torch.Tensor:
+    """Put a tensor that belongs to no compressed weight into the model; returns the new parameter or buffer."""
+    module, known = check_place(model, name, checkpoint)
+    tensor = checkpoint.tensor(name)
     if tensor.is_floating_point():
         # No temporaries: an embedding is the largest tensor of a small model. NaN passes through aminmax.
         if tensor.numel() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
             raise CheckpointError(f"the tensor {name} of {checkpoint.folder} holds NaN or infinity; do not use it")
         tensor = tensor.to(dtype or tensor.dtype)
-    places[own] = nn.Parameter(tensor, requires_grad=known.requires_grad) if places is module._parameters else tensor
+    tensor = tensor.to(device)
+    own = name.rpartition(".")[2]
+    if own not in module._parameters:
+        module._buffers[own] = tensor
+        return tensor
+    module._parameters[own] = parameter = nn.Parameter(tensor, requires_grad=known.requires_grad)
+    return parameter
