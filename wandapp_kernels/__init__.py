@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from wandapp_kernels.integrations.after_import import after_import
+
 if TYPE_CHECKING:
     from wandapp_kernels.api import SparseLinear, desparsify, evaluate, load, prune, save, sparsify
 
@@ -19,3 +21,13 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _register_hf() -> None:
+    from wandapp_kernels.integrations import hf
+
+    hf.register()
+
+
+# Without it transformers loads a compressed folder with random weights and only warns.
+after_import("transformers.quantizers.auto", _register_hf)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from wandapp_kernels.checkpoint.atomic import check_target, new_folder
+from wandapp_kernels.checkpoint.compressed import METHOD
 from wandapp_kernels.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def save_pruned(
     text = to_json(report)
     check_target(folder, force)
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
+    # Ours stays on a model that from_pretrained gave and desparsify made dense again.
+    if quantizer is not None and quantizer.quantization_config.quant_method != METHOD:
         raise CheckpointError(
             f"the model's weights are quantised ({quantizer.quantization_config.quant_method}) and cannot be saved as "
             "a pruned dense model; load it dequantised"

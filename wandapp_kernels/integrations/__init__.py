@@ -1,0 +1,1 @@
+"""Other libraries: each module here is imported only when its library is."""
