@@ -24,6 +24,17 @@ from wandapp_kernels.tuning.store import Measurement, Store, key
 # Tuning
 
 
+def test_times_of_one_variant_of_the_cpu_kernels_are_not_used_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = pytest.importorskip("wandapp_kernels.backends.cpu").compiled
+    remember(PROBLEM, {"dense": 3.0})
+    monkeypatch.setattr(compiled, "_variant_name", "another")
+    dispatch.forget()
+    assert Store("cpu").exact(PROBLEM) is None and Store("cpu").fingerprint["cpu_kernels"] == "another"
+    assert dispatch.explain(PROBLEM).measured_tokens is None
+    remember(PROBLEM, {"dense": 5.0})
+    assert Store("cpu").exact(PROBLEM).times_us == {"dense": 5.0}
+
+
 def test_tuning_measures_everything_that_can_run_and_says_why_the_rest_cannot() -> None:
     add(
         Fake("fast-nm", "nm"),

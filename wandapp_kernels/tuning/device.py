@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import platform
+import sys
 from pathlib import Path
 
 import torch
 
 import wandapp_kernels
+from wandapp_kernels.backends import load_backends
 
 # Where the size cannot be read: larger than most last-level caches.
 _UNKNOWN_CACHE = 64 << 20
 
 
 def fingerprint(device: str) -> dict[str, str]:
-    """Name of the device and the versions that decide a time; measurements of another fingerprint are not used."""
+    """Name of the device, and the versions and CPU kernels that decide a time; what has another is not used."""
     found = {"device": _name(device), "wandapp_kernels": wandapp_kernels.__version__, "torch": torch.__version__}
     if torch.device(device).type == "cuda":
         found["cuda"] = str(torch.version.cuda)
+    else:
+        found["cpu_kernels"] = cpu_kernels() or "none"
     return found
+
+
+def cpu_kernels() -> str | None:
+    """The variant of the compiled CPU kernels in use (``backends.cpu``); None where they are missing."""
+    load_backends()
+    # Not imported anew: where the compiled module is missing, that would warn again.
+    compiled = sys.modules.get("wandapp_kernels.backends.cpu.compiled")
+    return None if compiled is None else compiled.variant()
 
 
 def last_level_cache(device: str) -> int:

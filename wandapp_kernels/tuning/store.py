@@ -1,4 +1,4 @@
-"""What was measured, kept in one JSON file per device and versions.
+"""What was measured, kept in one JSON file per device, versions and CPU kernels.
 
 ``cache_dir()/dispatch/DIGEST.json``::
 
