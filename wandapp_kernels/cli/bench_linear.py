@@ -21,7 +21,8 @@ from wandapp_kernels import dispatch
 from wandapp_kernels.backends import DENSE, UNSTRUCTURED, Problem
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.checkpoint.save import to_json
-from wandapp_kernels.cli.tune import DTYPES
+from wandapp_kernels.cli import checks
+from wandapp_kernels.cli.checks import DTYPES
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.report.tables import table
 from wandapp_kernels.sparsity import Pattern
@@ -67,14 +68,15 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print the table, write JSON and plot."""
     if arguments.plot:
+        checks.plot(arguments.plot)
         _matplotlib()
+    checks.seconds(arguments.seconds)
+    device = str(checks.device(arguments.device))
     shapes = [Shape.parse(text) for text in arguments.shapes.split(",")]
     tokens = _numbers(arguments.m)
     patterns = [Pattern.parse(text.strip()) for text in arguments.sparsity.split(",")]
     dtype = DTYPES[_SHORT_TYPES[arguments.dtype]]
-    result: dict[str, Any] = bench(
-        shapes, tokens, patterns, dtype, arguments.device, arguments.seconds, quiet=arguments.quiet
-    )
+    result: dict[str, Any] = bench(shapes, tokens, patterns, dtype, device, arguments.seconds, quiet=arguments.quiet)
     print(_title(result))
     print(_rows_table(result["rows"]))
     if arguments.json:
@@ -121,21 +123,12 @@ def bench(
     return {
         "device": versions.pop("device"),
         "threads": torch.get_num_threads() if device == "cpu" else 0,
-        "cpu_kernels": _cpu_kernels() if device == "cpu" else None,
+        "cpu_kernels": versions.pop("cpu_kernels", None),
         "versions": versions,
         "date": datetime.date.today().isoformat(),
         "copy_gb_per_s": round(copy, 2),
         "rows": rows,
     }
-
-
-def _cpu_kernels() -> str | None:
-    """The instruction set of the compiled kernels; None where they are missing."""
-    try:
-        from wandapp_kernels.backends.cpu import compiled
-    except ImportError:
-        return None
-    return compiled.variant()
 
 
 def copy_bandwidth(device: str = "cpu") -> float:

@@ -15,9 +15,10 @@ from transformers import AutoConfig
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.checkpoint.files import read_json
 from wandapp_kernels.checkpoint.save import save_pruned, to_json
+from wandapp_kernels.cli import checks
 from wandapp_kernels.cli.arguments import MODEL_HELP
 from wandapp_kernels.cli.bars import ProgressDisplay
-from wandapp_kernels.errors import ModelError, UsageError
+from wandapp_kernels.errors import CheckpointError, ModelError, UsageError
 from wandapp_kernels.models.bundled import quiet_transformers
 from wandapp_kernels.models.load import LoadedModel, load_model
 from wandapp_kernels.pruning.walk import Progress, device_name, versions
@@ -62,8 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--new-tokens must be at least 2 and --rounds at least 1")
     if (arguments.model is None) == (arguments.random is None):
         raise UsageError("give either a model or --random SHAPE")
-    if arguments.report:
-        read_json(arguments.report / "report.json")  # what is missing shows before anything is measured
+    if arguments.dtype != "auto":
+        checks.dtypes(arguments.dtype)
+    if arguments.report:  # what is missing shows before anything is measured
+        if not (arguments.report / "report.json").is_file():
+            raise CheckpointError(f"{arguments.report} has no report.json; give what wandapp compare --out wrote")
+        read_json(arguments.report / "report.json")
     display = ProgressDisplay(arguments.quiet)
     with tempfile.TemporaryDirectory(prefix="wandapp-bench-") as work, quiet_transformers():
         dense, compressed, tokenizer = _folders(arguments, Path(work), display)
@@ -115,10 +120,8 @@ def _folders(arguments: argparse.Namespace, work: Path, display: ProgressDisplay
     """The model as a dense and as a compressed folder, both on disk, and its tokenizer."""
     if arguments.random is not None:
         display.line(f"making a random {arguments.random}")
-        dtype = arguments.dtype.split(",")[0]
-        model = random_model(
-            arguments.random, arguments.sparsity, torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        )
+        dtype = "float32" if arguments.dtype == "auto" else checks.dtypes(arguments.dtype)[0]
+        model = random_model(arguments.random, arguments.sparsity, checks.DTYPES[dtype])
         loaded = LoadedModel(model, None, arguments.random, None)
     else:
         loaded = load_model(arguments.model)
@@ -147,7 +150,7 @@ def _contender(kind: str, dtype: str, dense: Path, compressed: Path, tune: bool)
 
 def _dtypes(asked: str, dense: Path) -> list[str]:
     if asked != "auto":
-        return [name.strip() for name in asked.split(",") if name.strip()]
+        return checks.dtypes(asked)
     return [str(AutoConfig.from_pretrained(dense).dtype).removeprefix("torch.")]
 
 

@@ -6,13 +6,13 @@ import argparse
 import math
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from wandapp_kernels import api
 from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
 from wandapp_kernels.checkpoint.inspect import inspect_folder
 from wandapp_kernels.checkpoint.save import save_pruned, to_json
+from wandapp_kernels.cli import checks
 from wandapp_kernels.cli.arguments import changes
 from wandapp_kernels.cli.bars import ProgressDisplay
 from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evaluation_tokens
@@ -39,7 +39,7 @@ def prune(arguments: argparse.Namespace) -> None:
     """``wandapp prune MODEL --out DIR``"""
     check_target(arguments.out, arguments.force)
     build_settings(arguments.method, arguments.sparsity, **changes(arguments))  # wrong usage shows at once
-    device = _device(arguments)
+    device = checks.device(arguments.device)
     loaded = _load_dense(arguments)
     tokens = _calibration(arguments, loaded)
     display = ProgressDisplay(arguments.quiet)
@@ -76,7 +76,7 @@ def prune(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """``wandapp eval MODEL``"""
-    device = _device(arguments)
+    device = checks.device(arguments.device)
     loaded = _load(arguments)
     seqlen = _window(arguments.seqlen, loaded)
     texts = _texts(arguments.text, loaded, arguments.split, arguments.tokens)
@@ -117,7 +117,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     if not methods:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
     build_all(methods, arguments.sparsity, **changes(arguments))
-    device = _device(arguments)
+    device = checks.device(arguments.device)
     loaded = _load(arguments)
     tokens = _calibration(arguments, loaded)
     texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
@@ -214,18 +214,6 @@ def _load_dense(arguments: argparse.Namespace) -> LoadedModel:
 def _tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:
     assert loaded.tokenizer is not None, "_load refuses a model without one"
     return loaded.tokenizer
-
-
-def _device(arguments: argparse.Namespace) -> torch.device:
-    if arguments.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(arguments.device)
-    except RuntimeError as error:
-        raise UsageError(f"device {arguments.device!r} is unknown; use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {arguments.device!r} cannot be used: torch finds no GPU; use --device cpu")
-    return device
 
 
 def _calibration(arguments: argparse.Namespace, loaded: LoadedModel) -> TokenSet:

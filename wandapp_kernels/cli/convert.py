@@ -10,6 +10,7 @@ from typing import Any
 from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
 from wandapp_kernels.checkpoint.files import read_json
 from wandapp_kernels.checkpoint.save import RECORD, save_pruned, to_json
+from wandapp_kernels.cli import checks
 from wandapp_kernels.cli.arguments import MODEL_HELP
 from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.bundled import quiet_transformers
@@ -45,9 +46,10 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, swap or unswap, write."""
+    checks.fraction(arguments.min_sparsity, "--min-sparsity")
     check_target(arguments.out, arguments.force)
     loaded = load_model(arguments.model, dtype=arguments.dtype)
-    record = _record(loaded)
+    record, before = _record(loaded), _weight_bytes(loaded.folder)  # OUT may replace the folder
     found: dict[str, Any] = {"model": arguments.model, "format": arguments.format}
     if arguments.format == "compressed":
         report = sparsify(
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         with quiet_transformers():
             save_pruned(loaded.model, loaded.tokenizer, arguments.out, record, force=arguments.force)
         found |= {"decompressed": names}
-    before, after = _weight_bytes(loaded.folder), _weight_bytes(arguments.out)
+    after = _weight_bytes(arguments.out)
     found |= {"bytes_before": before, "bytes_after": after}
     share = f" ({percent(after / before)} of {human_bytes(before)})" if before else ""
     print(f"{arguments.out}: {what}; weights {human_bytes(after)}{share}")

@@ -64,8 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
         "resident_bytes": resident_bytes(),
         "peak_bytes": peak_bytes(),
     }
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     print(
-        f"\n{found['dtype']}, {prepared.layers}, {arguments.backend} backend, {found['threads']} threads\n"
+        f"\n{found['dtype']}, {prepared.layers}, {arguments.backend} backend, {threads}\n"
         f"{ids.shape[1]} prompt tokens, first token after {human_seconds(done.ttft)}; "
         f"{done.tokens.shape[1]} new tokens, {number(done.tokens_per_second)} tokens/s\n"
         f"memory: weights {human_bytes(found['weight_bytes'])}, resident {human_bytes(found['resident_bytes'])}, "
@@ -78,14 +79,19 @@ def run(arguments: argparse.Namespace) -> None:
 def _prompt(arguments: argparse.Namespace, loaded: LoadedModel) -> torch.Tensor:
     if loaded.tokenizer is None:
         raise ModelError(f"{arguments.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    ids = loaded.tokenizer(arguments.prompt, return_tensors="pt")["input_ids"]
+    with quiet_transformers():  # it warns of a long prompt, which is refused here
+        ids = loaded.tokenizer(arguments.prompt, return_tensors="pt")["input_ids"]
     assert isinstance(ids, torch.Tensor)
     if not ids.numel():
         raise UsageError("--prompt is empty; give some text to continue")
     context = context_length(loaded.model)
+    if context is not None and ids.shape[1] >= context:
+        raise UsageError(f"--prompt has {ids.shape[1]} tokens, which fill the context of {context}; give a shorter one")
     if arguments.max_new_tokens < 1 or (context is not None and ids.shape[1] + arguments.max_new_tokens > context):
-        room = "" if context is None else f" to {context - ids.shape[1]}, which the prompt leaves of the context"
-        raise UsageError(f"--max-new-tokens is {arguments.max_new_tokens}, but must be 1{room}")
+        most = (
+            " or more" if context is None else f" to {context - ids.shape[1]}, which the prompt leaves of the context"
+        )
+        raise UsageError(f"--max-new-tokens is {arguments.max_new_tokens}, but must be 1{most}")
     return ids
 
 

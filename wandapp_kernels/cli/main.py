@@ -8,6 +8,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+import torch
+
 from wandapp_kernels.checkpoint.atomic import check_file
 from wandapp_kernels.cli import bench_linear, bench_model, commands, convert, generate, tune
 from wandapp_kernels.cli.arguments import parser
@@ -54,4 +56,6 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, WandappError):
         return str(error)
     text = " ".join(str(error).split()) or "no message"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"there is not enough memory ({text}); ask for less, or use a larger machine"
     return f"unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)"

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from wandapp_kernels import dispatch
@@ -21,6 +20,8 @@ from wandapp_kernels.checkpoint.files import read_json
 from wandapp_kernels.checkpoint.format import NM_PATTERNS, compressed_bytes
 from wandapp_kernels.checkpoint.inspect import inspect_folder
 from wandapp_kernels.checkpoint.save import to_json
+from wandapp_kernels.cli import checks
+from wandapp_kernels.cli.checks import DTYPES
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder
 from wandapp_kernels.report.tables import table
@@ -28,7 +29,6 @@ from wandapp_kernels.runtime.swap import MIN_SPARSITY
 from wandapp_kernels.sparsity import Pattern
 from wandapp_kernels.tuning.device import fingerprint
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -67,7 +67,8 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read the shapes, measure, print what is chosen."""
     tokens = _tokens(arguments.m)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checks.seconds(arguments.seconds)
+    device = str(checks.device(arguments.device))
     kinds = layer_kinds(_folder(arguments.model), arguments.sparsity, arguments.dtype)
     problems = {kind: [_problem(kind, m, device) for m in tokens] for kind in kinds}
     flat = [problem for group in problems.values() for problem in group]
@@ -153,8 +154,8 @@ def _folder(model: str) -> Path:
     if model in BUNDLED:
         return bundled_folder(model)
     folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ModelError(f"there is no folder {model}: give one, or a bundled model ({', '.join(BUNDLED)})")
+    if not model.strip() or not folder.is_dir():
+        raise ModelError(f"there is no folder {model!r}; give one, or a bundled model ({', '.join(BUNDLED)})")
     return folder
 
 

@@ -1,0 +1,62 @@
+"""Options that several commands share, checked before anything is done."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from wandapp_kernels.checkpoint.atomic import check_file
+from wandapp_kernels.errors import UsageError
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+def device(asked: str | None) -> torch.device:
+    """The device named by ``--device``, which is there; None: CUDA when there is one, else the CPU."""
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(asked)
+    except RuntimeError as error:
+        raise UsageError(f"device {asked!r} is unknown; use cpu, cuda or cuda:N") from error
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.type != "cuda":
+        raise UsageError(f"device {asked!r} has no kernels here; use cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise UsageError(f"device {asked!r} cannot be used: torch finds no GPU; use --device cpu")
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {asked!r} cannot be used: torch finds {torch.cuda.device_count()} GPUs, from cuda:0")
+    return found
+
+
+def dtypes(asked: str) -> list[str]:
+    """The names of ``--dtype``, comma-separated, each once."""
+    names = list(dict.fromkeys(part.strip() for part in asked.split(",")))
+    for name in names:
+        if name not in DTYPES:
+            raise UsageError(f"--dtype is {asked!r}, but {name!r} is none of {', '.join(DTYPES)}")
+    return names
+
+
+def fraction(value: float, option: str) -> None:
+    """Refuse what is not between 0 and 1."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"{option} is {value:g}, but must be between 0 and 1")
+
+
+def seconds(value: float) -> None:
+    """Refuse a time that has passed or has no end."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"--seconds is {value:g}, but must be 0 or more")
+
+
+def plot(path: Path) -> None:
+    """Refuse a file that no plot can be written to."""
+    if path.suffix.lower() not in _PLOTS:
+        raise UsageError(f"--plot is {path}, but must end in {', '.join(_PLOTS)}")
+    check_file(path)
