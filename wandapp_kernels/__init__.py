@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from wandapp_kernels.integrations.after_import import after_import
 
 if TYPE_CHECKING:
-    from wandapp_kernels.api import SparseLinear, desparsify, evaluate, load, prune, save, sparsify
+    from wandapp_kernels.api import SparseLinear, desparsify, evaluate, load, prune, save, sparsify, swiglu
 
 __version__ = "0.1.0"
 
-__all__ = ["SparseLinear", "__version__", "desparsify", "evaluate", "load", "prune", "save", "sparsify"]
+__all__ = ["SparseLinear", "__version__", "desparsify", "evaluate", "load", "prune", "save", "sparsify", "swiglu"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,9 +22,21 @@ from wandapp_kernels.pruning.walk import Progress, prune_blocks
 from wandapp_kernels.runtime.folder import save_compressed
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
 from wandapp_kernels.runtime.swap import SwapReport, desparsify, sparse_layers, sparsify
+from wandapp_kernels.runtime.swiglu import swiglu
 from wandapp_kernels.sparsity import Pattern
 
-__all__ = ["LoadedModel", "SparseLinear", "SwapReport", "desparsify", "evaluate", "load", "prune", "save", "sparsify"]
+__all__ = [
+    "LoadedModel",
+    "SparseLinear",
+    "SwapReport",
+    "desparsify",
+    "evaluate",
+    "load",
+    "prune",
+    "save",
+    "sparsify",
+    "swiglu",
+]
 
 
 def prune(
