@@ -3,7 +3,7 @@
 Runs from a checkout that nothing was installed from, with the packages of the system's Python. First the numbers of
 every GPU kernel are compared with the reference; a wrong one stops the run. Then kernels, scoring, pruning and whole
 models are timed, each within a time box; what no time was left for is listed. ``results.json`` is written after every
-section.
+case, the table and the plots after every section.
 """
 
 from __future__ import annotations

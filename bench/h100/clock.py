@@ -1,4 +1,4 @@
-"""Time boxes: a section stops when its own seconds or those of the whole run are spent."""
+"""Time boxes: a section starts no case that, as far as is known, will not end within its seconds and the run's."""
 
 from __future__ import annotations
 
@@ -27,27 +27,43 @@ class Clock:
         self.start = self.now()
 
     @property
+    def spent(self) -> float:
+        return self.now() - self.start
+
+    @property
     def left(self) -> float:
-        return self.limit - (self.now() - self.start)
+        return self.limit - self.spent
 
 
 class Section:
-    """One section of the report: rows, what was left out and why, and the seconds it took."""
+    """One section of the report: rows, what was left out and why, and the seconds it took.
 
-    def __init__(self, name: str, seconds: float, clock: Clock):
-        self.name, self.clock = name, clock
+    Attributes:
+        longest: seconds of the longest case so far; a case is started when that much is left.
+        no_time: how many cases were left out since there was not.
+    """
+
+    def __init__(self, name: str, seconds: float, clock: Clock, save: Callable[[Section], None] | None = None):
+        """``save`` is called after every case."""
+        self.name, self.clock, self.save = name, clock, save
         self.began = clock.now()
         self.end = min(self.began + seconds, self.began + clock.left)
+        self.longest, self.no_time = 0.0, 0
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[dict[str, str]] = []
 
     def cases(self, wanted: Iterable[Case], describe: Callable[[Case], str] = str) -> Iterator[Case]:
-        """The cases there is time for, in order; the others are entered as left out."""
+        """The cases there is time for, in order; the others are entered as left out. Not to be nested."""
         for case in wanted:
-            if self.clock.now() >= self.end:
+            started = self.clock.now()
+            if started >= self.end or started + self.longest > self.end:
+                self.no_time += 1
                 self.leave_out(describe(case), "no time was left")
-            else:
-                yield case
+                continue
+            yield case
+            self.longest = max(self.longest, self.clock.now() - started)
+            if self.save is not None:
+                self.save(self)
 
     def leave_out(self, what: str, why: str) -> None:
         self.left_out.append({"what": what, "why": " ".join(why.split())[:300]})

@@ -19,31 +19,36 @@ from wandapp_kernels.tuning.measure import SampleWeight, sample_weight
 def measure(section: Section, bandwidth: float, cache_bytes: int) -> None:
     """Fill the section: a row for every case, number of tokens and backend."""
     dense: dict[tuple[tuple[int, int], int], Timing] = {}
-    for case in section.cases(weights()):
-        sample = sample_weight(problem(case, 1))
-        candidates = _candidates(section, case, sample, cache_bytes)
-        for tokens in section.cases(TOKENS, lambda count, case=case: f"{case}, {count} tokens"):  # type: ignore[misc]
-            x = torch.randn(tokens, case.shape[1], device="cuda").to(sample.dense.dtype)
-            if (case.shape, tokens) not in dense:
-                copies = _copies([sample.dense], cache_bytes)
-                calls = [partial(functional.linear, x, copy[0]) for copy in copies]
-                dense[case.shape, tokens] = time_calls(calls)
-                del copies, calls
-                section.rows.append(
-                    row(case, tokens, "dense", dense[case.shape, tokens], None, sample.dense.nbytes, bandwidth)
+    packed: Case | None = None
+    candidates: list[tuple[Any, Any]] = []
+    for case, tokens in section.cases(
+        [(case, tokens) for case in weights() for tokens in TOKENS], lambda one: f"{one[0]}, {one[1]} tokens"
+    ):
+        if case != packed:
+            candidates.clear()  # frees the last weight
+            sample = sample_weight(problem(case, 1))
+            packed, candidates = case, _candidates(section, case, sample, cache_bytes)
+        x = torch.randn(tokens, case.shape[1], device="cuda").to(sample.dense.dtype)
+        if (case.shape, tokens) not in dense:
+            copies = _copies([sample.dense], cache_bytes)
+            calls = [partial(functional.linear, x, copy[0]) for copy in copies]
+            dense[case.shape, tokens] = time_calls(calls)
+            del copies, calls
+            section.rows.append(
+                row(case, tokens, "dense", dense[case.shape, tokens], None, sample.dense.nbytes, bandwidth)
+            )
+        for backend, copies in candidates:
+            if refusal(backend, problem(case, tokens)) is not None:
+                continue
+            try:
+                found = time_calls(
+                    [partial(backend.run, x, copy, None, sample.shape, sample.pattern) for copy in copies]
                 )
-            for backend, copies in candidates:
-                if refusal(backend, problem(case, tokens)) is not None:
-                    continue
-                try:
-                    found = time_calls(
-                        [partial(backend.run, x, copy, None, sample.shape, sample.pattern) for copy in copies]
-                    )
-                except Exception as error:
-                    section.leave_out(f"{case}, {tokens} tokens, {backend.name}", f"{type(error).__name__}: {error}")
-                    continue
-                size = sum(tensor.nbytes for tensor in copies[0])
-                section.rows.append(row(case, tokens, backend.name, found, dense[case.shape, tokens], size, bandwidth))
+            except Exception as error:
+                section.leave_out(f"{case}, {tokens} tokens, {backend.name}", f"{type(error).__name__}: {error}")
+                continue
+            size = sum(tensor.nbytes for tensor in copies[0])
+            section.rows.append(row(case, tokens, backend.name, found, dense[case.shape, tokens], size, bandwidth))
 
 
 def _candidates(section: Section, case: Case, sample: SampleWeight, cache_bytes: int) -> list[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ from wandapp_kernels.tuning.measure import SampleWeight, sample_weight
 
 # Relative error of the whole result, ‖y − y_ref‖ / ‖y_ref‖, that rounding explains.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-SHAPES = ((4096, 4096), (1024, 4096), (64, 128), (1000, 520), (17, 200), (4096, 11008))
+SHAPES = ((17, 200), (64, 128), (1000, 520), (1024, 4096), (4096, 4096), (4096, 11008))  # the awkward ones first
 TOKENS = (1, 3, 8, 11, 16, 33, 64, 200)
 Row = dict[str, Any]
 
@@ -51,6 +51,9 @@ def _check_backend(
     dense = layout.decompress(tensors, sample.shape, sample.pattern)
     if not torch.equal(dense, sample.dense):
         yield f"{name}: the layout does not give the weight back"
+        return
+    if not torch.equal(layout.unpack(tensors, sample.shape, sample.pattern).decompress(), sample.dense):
+        yield f"{name}: the unpacked layout is not the weight"
         return
     for tokens in TOKENS:
         if refusal(backend, problem(case, tokens, dtype)) is not None:

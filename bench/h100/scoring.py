@@ -10,6 +10,7 @@ import torch
 from bench.h100.clock import Section
 from bench.h100.timing import time_calls
 from wandapp_kernels.sparsity import Pattern, mask_from_scores
+from wandapp_kernels.sparsity.nm_weight import NMWeight
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 ALPHA = 100.0
@@ -24,9 +25,9 @@ class Problem:
     norm: torch.Tensor
 
     @classmethod
-    def random(cls, shape: tuple[int, int]) -> Problem:
-        weight = torch.randn(shape, device="cuda").bfloat16()
-        return cls(weight, torch.rand(shape, device="cuda") * 1e-3, torch.rand(shape[1], device="cuda") + 0.5)
+    def random(cls, shape: tuple[int, int], device: str = "cuda") -> Problem:
+        weight = torch.randn(shape, device=device).bfloat16()
+        return cls(weight, torch.rand(shape, device=device) * 1e-3, torch.rand(shape[1], device=device) + 0.5)
 
     def expected(self, pattern: str) -> torch.Tensor:
         """The mask of (α·G + ‖X‖)·|W|."""
@@ -34,8 +35,25 @@ class Problem:
         return mask_from_scores(scores, Pattern.parse(pattern))
 
 
-def kernels(problem: Problem) -> dict[str, tuple[str, Callable[[], torch.Tensor], int]]:
-    """Name -> pattern, a call that returns the mask, and the bytes that must move."""
+@dataclass
+class Kernel:
+    """One fused kernel on one problem.
+
+    Attributes:
+        pattern: what it prunes to.
+        call: launches it; returns the mask.
+        moved: bytes that must move.
+        compressed: values and indices that a call fills, or None.
+    """
+
+    pattern: str
+    call: Callable[[], torch.Tensor]
+    moved: int
+    compressed: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def kernels(problem: Problem) -> dict[str, Kernel]:
+    """The fused kernels by name."""
     from wandapp_kernels.kernels.row_threshold import row_threshold
     from wandapp_kernels.kernels.score_nm import score_nm
 
@@ -55,36 +73,45 @@ def kernels(problem: Problem) -> dict[str, tuple[str, Callable[[], torch.Tensor]
         return mask
 
     return {
-        "score, mask and compress 2:4": ("2:4", nm, read + mask.nbytes + values.nbytes + indices.nbytes),
-        "score and row threshold 50%": ("50%", threshold, read + mask.nbytes),
+        "score, mask and compress 2:4": Kernel(
+            "2:4", nm, read + mask.nbytes + values.nbytes + indices.nbytes, (values, indices)
+        ),
+        "score and row threshold 50%": Kernel("50%", threshold, read + mask.nbytes),
     }
 
 
-def check(section: Section) -> Iterator[str]:
-    """Masks must be the reference's, bit for bit."""
-    for shape in ((4096, 4096), (300, 1000), (65, 4100)):
-        problem = Problem.random(shape)
-        for name, (pattern, call, _) in kernels(problem).items():
-            wrong = int((call() != problem.expected(pattern)).sum())
+def check(section: Section, device: str = "cuda") -> Iterator[str]:
+    """Masks, values and indices must be the reference's, bit for bit."""
+    for shape in ((65, 4100), (300, 1000), (4096, 4096)):
+        problem = Problem.random(shape, device)
+        for name, kernel in kernels(problem).items():
+            expected = problem.expected(kernel.pattern)
+            wrong = {"mask": int((kernel.call() != expected).sum())}
+            if kernel.compressed is not None:
+                weight = NMWeight.compress(problem.weight, expected, kernel.pattern)
+                values, indices = kernel.compressed
+                wrong["values"] = int((values.view(torch.int16) != weight.values.view(torch.int16)).sum())
+                wrong["indices"] = int((indices != weight.indices).sum())
             section.rows.append({"kernel": name, "shape": list(shape), "wrong": wrong})
-            if wrong:
-                yield f"{name} on {shape[0]}x{shape[1]}: {wrong} entries of the mask are wrong"
+            for part, count in wrong.items():
+                if count:
+                    yield f"{name} on {shape[0]}x{shape[1]}: {count} entries of the {part} are wrong"
 
 
 def measure(section: Section, bandwidth: float) -> None:
     """Time and bytes of every kernel on every shape; each shape is far larger than the L2 cache."""
     for shape in section.cases(SHAPES):
         problem = Problem.random(shape)
-        for name, (_, call, moved) in kernels(problem).items():
-            timing = time_calls([call], 0.3)
-            rate = moved / (1e-6 * timing.us)
+        for name, kernel in kernels(problem).items():
+            timing = time_calls([kernel.call], 0.3)
+            rate = kernel.moved / (1e-6 * timing.us)
             section.rows.append(
                 {
                     "kernel": name,
                     "shape": list(shape),
                     "us": timing.us,
                     "graph": timing.graph,
-                    "bytes": moved,
+                    "bytes": kernel.moved,
                     "gb_per_second": 1e-9 * rate,
                     "share_of_bandwidth": rate / bandwidth,
                 }

@@ -43,7 +43,7 @@ def micro_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{name}, {shape[0]} × {shape[1]}",
                 pattern if pattern == "2:4" else f"{density} % kept",
                 str(tokens),
-                f"{base['us']:.1f} ({base['share_of_bandwidth']:.0%})",
+                f"{base['us']:.1f}{_host(base)} ({base['share_of_bandwidth']:.0%})",
                 *(_micro_cell(found.get(backend)) for backend in backends),
             ]
         )
@@ -53,7 +53,12 @@ def micro_table(rows: Sequence[dict[str, Any]]) -> str:
 def _micro_cell(row: dict[str, Any] | None) -> str | None:
     if row is None:
         return None
-    return f"{row['us']:.1f}, {row['times_dense']:.2f}× ({row['share_of_bandwidth']:.0%})"
+    return f"{row['us']:.1f}{_host(row)}, {row['times_dense']:.2f}× ({row['share_of_bandwidth']:.0%})"
+
+
+def _host(row: dict[str, Any]) -> str:
+    """A mark where no CUDA graph was captured: the host's time is part of the row's."""
+    return "" if row["graph"] else "†"
 
 
 def model_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -68,7 +73,7 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
             str(row["prompt"]),
             str(row["batch"]),
             f"{1e3 * row['prefill_seconds']:.1f}",
-            f"{1e3 * row['decode_seconds']:.2f}",
+            f"{1e3 * row['decode_seconds']:.2f}{_host(row)}",
             f"{row['tokens_per_second']:.1f}",
             human_bytes(row["weight_bytes"]),
             human_bytes(row["peak_memory_bytes"]),
@@ -97,7 +102,8 @@ def conditions(machine: dict[str, Any]) -> str:
     """The line that stands under every table."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['gpu']}, copy bandwidth measured {1e-12 * machine['bandwidth']:.2f} TB/s; CUDA graphs, weights "
+        f"{machine['gpu']}, copy bandwidth measured {1e-12 * machine['bandwidth']:.2f} TB/s; linears and decode steps "
+        "in CUDA graphs († could not be captured: the host's time is in it), prefill without; weights "
         f"rotated over copies of {machine['cache_multiple']} × the L2 cache, medians; in brackets the share of the "
         f"measured bandwidth; bfloat16, random weights; {versions}."
     )
