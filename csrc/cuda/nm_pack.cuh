@@ -130,12 +130,13 @@ static __device__ __forceinline__ void nm_decompress_vector(const uint4* packed_
     const int first_column = static_cast<int>(block % column_blocks) * 64 + step * 32 + lane % 4 * 4;
     const uint4 values = packed_values[thread];
     const u32 pairs[4] = {values.x, values.y, values.z, values.w};
+    const u64 word = (block * 32 + lane / 4 * 4 + step * 2) * 4 + row_tile;
+    const u32 words[2] = {metadata[word], metadata[word + 4]};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
         const int row = first_row + e % 2 * 8;
         const int column = first_column + e / 2 * 16;
-        const u32 word = metadata[(block * 32 + lane / 4 * 4 + step * 2 + e / 2) * 4 + row_tile];
-        const u32 nibble = word >> (e % 2 * 16 + lane % 4 * 4) & 0xFu;
+        const u32 nibble = words[e / 2] >> (e % 2 * 16 + lane % 4 * 4) & 0xFu;
         const u64 group = static_cast<u64>(pairs[e] & 0xFFFFu) << (16 * (nibble & 3)) |
                           static_cast<u64>(pairs[e] >> 16) << (16 * (nibble >> 2));
         if (row >= n) continue;

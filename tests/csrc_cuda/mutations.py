@@ -112,7 +112,7 @@ MUTATIONS = [
     Mutation("unpacked_byte", PACK, "row / 8 % 2 * 2 + byte % 2]", "row / 8 % 2 * 2 + (1 - byte % 2)]", "pack"),
     Mutation("dense_row_half", PACK, "first_row + e % 2 * 8;", "first_row + e / 2 * 8;", "pack"),
     Mutation("dense_column", PACK, "first_column + e / 2 * 16;", "first_column + e / 2 * 8;", "pack"),
-    Mutation("dense_metadata_lane", PACK, "step * 2 + e / 2) * 4", "step * 2 + e % 2) * 4", "pack"),
+    Mutation("dense_metadata_lane", PACK, "= words[e / 2] >>", "= words[e % 2] >>", "pack"),
     Mutation("dense_nibble", PACK, "(e % 2 * 16 + lane % 4 * 4)", "(e / 2 * 16 + lane % 4 * 4)", "pack"),
     Mutation(
         "dense_positions_swapped", PACK, "0xFFFFu) << (16 * (nibble & 3))", "0xFFFFu) << (16 * (nibble >> 2))", "pack"
