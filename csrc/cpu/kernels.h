@@ -6,7 +6,7 @@
 //   dense     values T [rows, cols]
 //   nm        2:4, values T [rows, kept], meta = 2-bit positions, little-endian, every row starts on a byte;
 //             kept = cols / 4 * 2 + min(cols % 4, 2)
-//   nm_pairs  2:4 in blocks of 4 rows, see kernels_avx2.cpp
+//   nm_pairs  2:4 in blocks of 4 rows, see avx2_pairs.h
 //   bitmap    values T [nnz], meta = one bit a column, little-endian, every row starts on a byte;
 //             offsets int64 [rows + 1]
 #pragma once
