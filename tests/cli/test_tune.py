@@ -119,7 +119,8 @@ def test_it_measures_explains_and_leaves_the_model_alone(
     printed = capsys.readouterr()
     assert contents(folder) == before
     assert "32x48 2:4 float32, 3 layers, " in printed.out and "decompress-nm" in printed.out
-    assert "left out: reference-nm: the reference is for checking" in printed.out
+    assert printed.out.count("reference-nm: the reference is for checking") == 1  # not once for every shape
+    assert "\nleft out for every layer:\n" in printed.out
     assert "m 1" in printed.out and "m 4" in printed.out and not printed.err
     found = json.loads(report.read_text())
     assert found["threads"] == torch.get_num_threads() and found["versions"]["torch"] == torch.__version__
@@ -133,6 +134,8 @@ def test_it_measures_explains_and_leaves_the_model_alone(
     assert main(["tune", str(folder), "--no-tune", "--m", "1"]) == 0
     again = capsys.readouterr().out
     assert "× dense" in again and again.count("32x32") == 1
+    assert main(["tune", str(folder), "--no-tune", "--m", "4,8"]) == 0
+    assert "8 (as m 4)" in (other := capsys.readouterr().out) and "4 (as" not in other
 
 
 def test_no_tune_measures_nothing(

@@ -85,8 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     print(f"{arguments.model}: {_setting(flat[0])}")
     if arguments.explain:
-        for kind, group in explained.items():
-            print(f"\n{_title(kind, kinds[kind], group)}\n{_candidates(group)}\n{_left_out(group)}".rstrip())
+        print(f"\n{_explanation(kinds, explained)}")
     else:
         print(_choices(kinds, explained))
     if arguments.json:
@@ -198,23 +197,42 @@ def _candidates(group: list[dispatch.Explanation]) -> str:
             time = explained.times_us.get(name)
             cells.append(("-" if time is None else f"{time:.1f}") + (" *" if name == explained.chosen else ""))
         rows.append(cells)
-    heads = []
-    for explained in group:
-        wanted, found = explained.problem.tokens, explained.measured_tokens
-        heads.append(f"m {wanted}" + (f" (as m {found})" if found not in (None, wanted) else ""))
-    return table(["µs", *heads], rows)
+    return table(["µs", *(f"m {_as_measured(explained)}" for explained in group)], rows)
 
 
-def _left_out(group: list[dispatch.Explanation]) -> str:
+def _left_out(group: list[dispatch.Explanation]) -> list[str]:
+    """One line for each candidate and reason, sorted, with the token counts it is for unless it is for all."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for explained in group:
         for name, reason in explained.left_out.items():
             reasons.setdefault((name, reason), []).append(explained.problem.tokens)
     lines = []
-    for (name, reason), tokens in reasons.items():
+    for (name, reason), tokens in sorted(reasons.items()):
         where = "" if len(tokens) == len(group) else f" at m {', '.join(map(str, tokens))}"
-        lines.append(f"  left out{where}: {name}: {reason}")
-    return "\n".join(lines)
+        lines.append(f"  {name}{where}: {reason}")
+    return lines
+
+
+def _explanation(kinds: Counter[LayerKind], explained: dict[LayerKind, list[dispatch.Explanation]]) -> str:
+    """A table for every kind of layer, and below it what was left out; last, once, what was left out everywhere."""
+    lines = {kind: _left_out(group) for kind, group in explained.items()}
+    everywhere = set.intersection(*map(set, lines.values()))
+    parts = []
+    for kind, group in explained.items():
+        own = [line for line in lines[kind] if line not in everywhere]
+        parts.append(
+            "\n".join([_title(kind, kinds[kind], group), _candidates(group), *(["left out:", *own] if own else [])])
+        )
+    if everywhere:
+        which = "for every layer" if len(kinds) > 1 else ""
+        parts.append("\n".join([f"left out {which}".rstrip() + ":", *sorted(everywhere)]))
+    return "\n\n".join(parts)
+
+
+def _as_measured(explained: dispatch.Explanation) -> str:
+    """The token count, and that of the measurement which stands for it where that is another."""
+    wanted, found = explained.problem.tokens, explained.measured_tokens
+    return f"{wanted}" + (f" (as m {found})" if found not in (None, wanted) else "")
 
 
 def _choices(kinds: Counter[LayerKind], explained: dict[LayerKind, list[dispatch.Explanation]]) -> str:
@@ -228,7 +246,7 @@ def _choices(kinds: Counter[LayerKind], explained: dict[LayerKind, list[dispatch
                     kind.pattern if kind.pattern != UNSTRUCTURED else f"{kind.density} % kept",
                     kind.dtype,
                     kinds[kind],
-                    one.problem.tokens,
+                    _as_measured(one),
                     one.layout,
                     one.chosen,
                     "-" if chosen is None else f"{chosen:.1f}",
