@@ -97,6 +97,18 @@ def test_what_is_written_comes_back(arch: str, dtype: torch.dtype, tmp_path: Pat
     assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is bool(tied)
 
 
+def test_how_it_generates_comes_back(tmp_path: Path) -> None:
+    model = swapped(num_hidden_layers=1)
+    model.generation_config.eos_token_id = [2, 5]
+    save_compressed(model, None, tmp_path / "model", {})
+    assert load(tmp_path / "model").generation_config.eos_token_id == [2, 5]
+    for content in ("{", "[]", '{"eos_token_id": [2], "do_sample": {}, "max_new_tokens": -3}'):
+        (tmp_path / "model" / "generation_config.json").write_text(content)
+        refused(tmp_path / "model", "generation_config.json")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert load(tmp_path / "model").generation_config.eos_token_id == 2
+
+
 def desparsified(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     desparsify(model)
     return model.state_dict()

@@ -65,6 +65,7 @@ def same(one: PreTrainedModel, two: PreTrainedModel) -> None:
         assert torch.equal(tensor, states[1][name]) and tensor.dtype == states[1][name].dtype, name
     kinds = [{name: type(module) for name, module in model.named_modules()} for model in (one, two)]
     assert kinds[0] == kinds[1]
+    assert one.generation_config.to_diff_dict() == two.generation_config.to_diff_dict()
     assert {n: layer.layout for n, layer in sparse_layers(one)} == {n: layer.layout for n, layer in sparse_layers(two)}
 
 

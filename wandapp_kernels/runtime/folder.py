@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from wandapp_kernels.checkpoint.atomic import check_target, new_folder
 from wandapp_kernels.checkpoint.compressed import CompressedFolder, LayerForm, quantization_config, write_tensors
@@ -52,6 +59,8 @@ def load_compressed(
     for name in checkpoint.layers:
         drop_weight(model, name, checkpoint)
     fill(model, checkpoint, dtype)
+    if model.can_generate() and (found := _generation_config(checkpoint.folder)) is not None:
+        model.generation_config = found
     return model.eval()
 
 
@@ -214,6 +223,19 @@ def _weights_on_meta() -> Iterator[None]:
             yield
     finally:
         _building.now = before
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    """The folder's own: where generation ends, how it samples. None where it has none."""
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a file written by others makes transformers raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{GENERATION_CONFIG_NAME} in {folder} cannot be used ({reason}); get it again"
+        ) from error
 
 
 def _missing(checkpoint: CompressedFolder, name: str) -> CheckpointError:
