@@ -107,6 +107,7 @@ def test_dense_again(original: Path, tmp_path: Path) -> None:
     model, other = load(original), load(original)
     expected = logits(model)
     wk.desparsify(model)
+    assert not hasattr(model, "hf_quantizer")
     wk.save(model, None, tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     torch.testing.assert_close(logits(load(tmp_path / "dense")), expected, rtol=1e-4, atol=1e-4)
@@ -115,6 +116,7 @@ def test_dense_again(original: Path, tmp_path: Path) -> None:
     assert not any(sparse_layers(other)) and not other.is_quantized
     assert not hasattr(other.config, "quantization_config")
     assert torch.equal(logits(other), logits(model))
+    model.half()
 
 
 def edit(change: Callable[[dict[str, torch.Tensor]], Any], checksums: bool = False) -> Callable[[Path], None]:

@@ -133,6 +133,8 @@ def test_tied_weights_are_left_alone() -> None:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.view(-1)[::2] = 0
+    with pytest.raises(UsageError, match="fraction of zeros"):
+        sparsify(model, min_sparsity=7)
     report = sparsify(model, min_sparsity=0.4)
     assert "shared with model.embed_tokens.weight" in report.left_dense["lm_head"]
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from wandapp_kernels.backends import DENSE
-from wandapp_kernels.checkpoint.compressed import is_compressed, quantization_config
+from wandapp_kernels.checkpoint.compressed import METHOD, is_compressed, quantization_config
 from wandapp_kernels.checkpoint.format import DTYPES, UNSTRUCTURED, compressed_bytes, smallest_pattern
 from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.models.names import matches
@@ -104,9 +104,11 @@ def sparsify(
             and dense layers as they are: for writing a checkpoint.
 
     Raises:
-        UsageError: an impossible pattern, or ``targets`` that choose no layer.
+        UsageError: an impossible pattern or ``min_sparsity``, or ``targets`` that choose no layer.
         ModelError: ``model`` itself is a linear layer, so that there is nothing to hang the new one in.
     """
+    if not 0 <= min_sparsity <= 1:
+        raise UsageError(f"min_sparsity is {min_sparsity}, but must be a fraction of zeros from 0 to 1")
     wanted = pattern if pattern in ("auto", UNSTRUCTURED) else _nm(pattern)
     if isinstance(model, nn.Linear | Conv1D):
         raise ModelError("the model is a single linear layer; compress it with SparseLinear.from_linear")
@@ -149,6 +151,10 @@ def desparsify(model: nn.Module) -> list[str]:
         del layer
     use_torch(model)
     mark_config(model)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
+        # transformers would go on refusing what it does not allow with quantised weights: training, half()
+        quantizer.remove_quantization_config(model)
     release_free_memory()
     return names
 

@@ -23,7 +23,7 @@ FORMATS = {
     "bitmap": _cpu.Format.bitmap,
 }
 
-# Rows of a block, columns of a chunk and of a tile of the layout nm_pairs (csrc/cpu/kernels_avx2.cpp).
+# Rows of a block, columns of a chunk and of a tile of the layout nm_pairs (csrc/cpu/avx2_pairs.h).
 PAIRS_ROWS, PAIRS_CHUNK, PAIRS_TILE = 4, 16, 128
 
 
