@@ -27,6 +27,7 @@ from wandapp_kernels.backends import (
     DecompressBackend,
     Problem,
     backends_of,
+    choices_changed,
     density_bucket,
     layouts_of,
     load_backends,
@@ -42,7 +43,6 @@ _stores: dict[str, Store] = {}
 _memo: dict[tuple[Any, ...], Backend] = {}
 _frozen = False
 _family: str | None = None
-_epoch = 0
 
 
 def problem_for(
@@ -120,11 +120,6 @@ def choose_dense(problem: Problem) -> Backend:
     return choose(problem, DENSE)
 
 
-def epoch() -> int:
-    """A number that changes whenever choices may: after measuring, and where :func:`only` begins and ends."""
-    return _epoch
-
-
 def bind(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
@@ -133,7 +128,7 @@ def bind(
     pattern: str,
     layout: str,
 ) -> Call:
-    """The call that :func:`run` would make for x ``[..., K]``: good until the tensors move or :func:`epoch` changes."""
+    """What :func:`run` would do with x ``[..., K]``, prepared: see `Backend.bind`, and good until `epoch` changes."""
     return _decide(x.view(-1, shape[1]), tensors, *shape, pattern, layout).bind(
         tensors, bias, shape, parse_pattern(pattern)
     )
@@ -320,8 +315,7 @@ def _decide(
 
 
 def _changed() -> None:
-    global _epoch
-    _epoch += 1
+    choices_changed()
     _memo.clear()
 
 

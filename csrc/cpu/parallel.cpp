@@ -20,12 +20,14 @@ using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads,
 // libgomp hangs in a forked child whose parent had used it.
 std::atomic<bool> forked{false};
 
+#if !defined(_WIN32)
+// When the module is loaded: the parent may use OpenMP through torch alone.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 Parallel openmp() {
 #if !defined(_WIN32)
-  static const Parallel found = [] {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  }();
+  static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return forked.load(std::memory_order_relaxed) ? nullptr : found;
 #else
   return nullptr;

@@ -6,14 +6,19 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.utils.checkpoint
 from tiny_models import tiny_model, token_ids
 from torch import nn
 
 from wandapp_kernels import dispatch
+from wandapp_kernels.errors import UsageError
 from wandapp_kernels.runtime import SparseLinear, shared_input, sparsify
+from wandapp_kernels.runtime.dense_linear import use_dense_kernels
 
 cpu = pytest.importorskip("wandapp_kernels.backends.cpu", reason="the compiled CPU kernels are missing")
 
@@ -167,18 +172,140 @@ def test_threads_do_not_see_each_other_s_inputs() -> None:
 
 
 @torch.no_grad()
-def test_a_dropped_model_is_freed_at_once() -> None:
+def test_a_dropped_model_and_a_long_prompt_are_freed_at_once() -> None:
     model = Attention(torch.float32)
     sparsify(model, "2:4")
     for _ in range(2):
         model(torch.randn(1, 64))
-    values = weakref.ref(model.q.weight_values) if hasattr(model.q, "weight_values") else weakref.ref(model.q)
+    layers = [weakref.ref(layer._tensors()[0]) for layer in model.children()]
+    prompt = torch.randn(1, 500, 64)
+    storage = weakref.ref(prompt)
+    model.o(prompt[:, -1:])
     gc.disable()
     try:
-        del model
-        assert values() is None
+        del model, prompt
+        assert not any(values() is not None for values in layers) and storage() is None
     finally:
         gc.enable()
+
+
+CHANGES: dict[str, Callable[[SparseLinear], object]] = {
+    "bias": lambda k: k.bias.add_(5),
+    "new bias": lambda k: setattr(k, "bias", nn.Parameter(torch.full((16,), 3.0), requires_grad=False)),
+    "strided bias": lambda k: setattr(k, "bias", nn.Parameter(torch.arange(32.0)[::2], requires_grad=False)),
+    "weight": lambda k: k._tensors()[0].mul_(2),
+    "state": lambda k: k.load_state_dict(
+        {name: 2 * value if value.is_floating_point() else value for name, value in k.state_dict().items()}
+    ),
+    "assigned state": lambda k: k.load_state_dict(
+        {name: 2 * value if value.is_floating_point() else value for name, value in k.state_dict().items()}, assign=True
+    ),
+    "layout": lambda k: k.set_layout("nm"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_layer_changed_after_it_was_computed_ahead(calls: list[int], change: str) -> None:
+    model = Attention(torch.float32)
+    sparsify(model, "2:4")
+    for _ in range(2):
+        model(torch.randn(1, 64))
+    x = torch.randn(1, 64)
+    model.q(x)
+    assert calls[-1] == 3
+    CHANGES[change](model.k)
+    expected = model.k.to_linear()(x)
+    torch.testing.assert_close(model.k(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.k(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_other_types_devices_and_backends_after_it_was_computed_ahead() -> None:
+    model = Attention(torch.float32)
+    sparsify(model, "2:4")
+    for _ in range(2):
+        model(torch.randn(1, 64))
+    x = torch.randn(1, 64)
+    model.q(x)
+    with dispatch.only("reference"):
+        torch.testing.assert_close(model.k(x), model.k.to_linear()(x))
+    model.k.half()
+    model.q(x)
+    assert model.k(x.half()).dtype == torch.float16
+    model.k.to("meta")
+    model.q(y := torch.randn(1, 64))
+    assert model.k(y.half().to("meta")).is_meta
+
+
+def test_a_layer_that_is_trained_is_not_computed_ahead() -> None:
+    model = nn.ModuleList([nn.Linear(64, 32, dtype=torch.bfloat16) for _ in range(2)])
+    use_dense_kernels(model)
+    first, second = model
+    first.requires_grad_(False)
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    for step in range(12):
+        with torch.no_grad():
+            for layer in model:
+                layer(x.clone() if step % 2 else x)
+        first(x)
+        second(x).sum().backward()
+        with torch.no_grad():
+            second.weight -= second.weight.grad
+            torch.testing.assert_close(second(x), nn.functional.linear(x, second.weight, second.bias))
+
+
+@torch.no_grad()
+def test_dense_layers_whose_weight_is_laid_out_anew() -> None:
+    layer = nn.Linear(32, 32, dtype=torch.bfloat16)
+    use_dense_kernels(model := nn.Sequential(layer))
+    x = torch.randn(1, 32, dtype=torch.bfloat16)
+    model(x)
+    layer.weight.data = layer.weight.data.t()
+    torch.testing.assert_close(model(x), nn.functional.linear(x, layer.weight, layer.bias))
+    layer.weight, layer.bias, layer.out_features = nn.Parameter(layer.weight[:8].clone()), None, 8
+    torch.testing.assert_close(model(x), nn.functional.linear(x, layer.weight))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16) * 4:
+        model.to(dtype)
+        assert model(x.to(dtype)).dtype == dtype
+
+
+@torch.no_grad()
+def test_odd_surroundings() -> None:
+    model = Attention(torch.float32)
+    sparsify(model, "2:4")
+    x = torch.randn(1, 64)
+    expected = model(x.clone())
+    with torch.device("meta"):
+        assert torch.equal(model(x.clone()), expected)
+    negative = torch._neg_view(-x)
+    assert torch.equal(model.q(negative), model.q(x))
+    with pytest.raises(UsageError, match="last dimension"):
+        model.q(torch.tensor(1.0))
+    torch.nn.utils.parametrize.register_parametrization(model.k, "bias", nn.Identity())
+    assert torch.equal(model(x.clone()), expected)
+
+
+def test_gradient_checkpointing() -> None:
+    model = Attention(torch.float32)
+    sparsify(model, "2:4")
+    x = torch.randn(2, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    for reentrant in (False, True):
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+        x.grad = None
+
+
+@torch.no_grad()
+def test_misses_in_a_row_count(calls: list[int]) -> None:
+    model = Attention(torch.float32)
+    sparsify(model, "2:4")
+    for _ in range(3 * shared_input.MOST_MISSES):
+        model.q(torch.randn(1, 64))
+        model(torch.randn(1, 64))
+    assert calls[-2] == 3
 
 
 @torch.no_grad()
@@ -188,10 +315,10 @@ def test_only_and_tune_change_the_call() -> None:
     x = torch.randn(1, 64)
     model.q(x)
     with dispatch.only("reference"):
-        kernel = model.q.call_for(x, 1)
-        assert kernel is not None and not kernel.backend.name.startswith("cpu")
-    kernel = model.q.call_for(x, 1)
-    assert kernel is not None and kernel.backend.name.startswith("cpu")
+        found = model.q.call_ahead(x)
+        assert found is not None and not found[0].backend.name.startswith("cpu")
+    found = model.q.call_ahead(x)
+    assert found is not None and found[0].backend.name.startswith("cpu")
 
 
 @torch.no_grad()

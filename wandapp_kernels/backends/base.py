@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,41 +111,55 @@ class Backend(ABC):
         shape: tuple[int, int],
         pattern: Pattern | None,
     ) -> Call:
-        """:meth:`run` on one weight, to be called many times while its tensors and its bias stay where they are."""
-        return Call(self, tensors, bias, shape, pattern)
+        """:meth:`run` prepared for one weight.
+
+        It is good while address, shape, strides, type and device of the tensors and of the bias, all of them
+        contiguous, stay as they are.
+        """
+        return Call(self, shape, pattern)
+
+
+# A weight's tensors and its bias.
+Held = tuple[Sequence[torch.Tensor], torch.Tensor | None]
 
 
 class Call:
-    """A backend bound to one weight: ``call(x) = x @ Wᵀ + bias``. Backends that look up much have a subclass.
+    """What a backend prepared for one weight; it keeps none of its tensors. Backends that look up much have a subclass.
 
     Attributes:
         backend: who runs it.
+        kind: calls of one kind can run together on one input (`run_together`); None: this one runs alone.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        tensors: Sequence[torch.Tensor],
-        bias: torch.Tensor | None,
-        shape: tuple[int, int],
-        pattern: Pattern | None,
-    ):
+    kind: Hashable = None
+
+    def __init__(self, backend: Backend, shape: tuple[int, int], pattern: Pattern | None):
         self.backend = backend
-        self._arguments = (tensors, bias, shape, pattern)
-        self._shape = shape
+        self._shape, self._pattern = shape, pattern
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., N]``; x ``[..., K]`` contiguous, with one row or more."""
+    def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
+        """``x @ Wᵀ + bias``, ``[..., N]``; x ``[..., K]`` contiguous, with one row or more."""
         rows, columns = self._shape
-        return self.backend.run(x.view(-1, columns), *self._arguments).view(*x.shape[:-1], rows)
+        y = self.backend.run(x.view(-1, columns), *held, self._shape, self._pattern)
+        return y.view(*x.shape[:-1], rows)
 
-    def fits(self, other: Call) -> bool:
-        """Whether `together` can run both on one input for less than one after the other."""
-        return False
+    def run_together(self, x: torch.Tensor, others: Sequence[tuple[Call, Held]], held: Held) -> list[torch.Tensor]:
+        """What this one and the others, all of its kind, make of x."""
+        return [self(x, held), *(call(x, of_it) for call, of_it in others)]
 
-    def together(self, others: Sequence[Call], x: torch.Tensor) -> list[torch.Tensor]:
-        """What this one and the others, which all fit, make of x."""
-        return [call(x) for call in (self, *others)]
+
+_epoch = 0
+
+
+def epoch() -> int:
+    """A number that changes whenever the choice of a backend may: measured, restricted, another variant."""
+    return _epoch
+
+
+def choices_changed() -> None:
+    """Make everybody who keeps a choice ask again."""
+    global _epoch
+    _epoch += 1
 
 
 BACKENDS: dict[str, Backend] = {}

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -21,28 +22,37 @@ def after_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as the other finders do, and lets its loader call ``action``."""
+    """Finds one module as the other finders do, and lets its loader call ``action``, until an import has succeeded."""
 
     def __init__(self, name: str, action: Callable[[], object]):
         self.name = name
-        self.action = action
+        self._action = action
+        self._asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name or self not in sys.meta_path:
+        if fullname != self.name or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.action)
+            spec.loader = _Loader(spec.loader, self._done)
         return spec
+
+    def _done(self) -> None:
+        with suppress(ValueError):
+            sys.meta_path.remove(self)
+        self._action()
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Loader, action: Callable[[], object]):
+    def __init__(self, loader: Loader, done: Callable[[], object]):
         self.loader = loader
-        self.action = action
+        self.done = done
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.loader, name)  # get_source and the like
@@ -54,4 +64,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.loader  # the wrapper leaves no trace
         self.loader.exec_module(module)
-        self.action()
+        self.done()

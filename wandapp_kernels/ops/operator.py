@@ -24,6 +24,7 @@ is_compiling, _grad_enabled, _any_autocast = (
     torch._C._is_any_autocast_enabled,
 )
 _tracing, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -127,13 +128,14 @@ def define_linear(name: str, has_pattern: bool) -> Callable[..., torch.Tensor]:
 
     def gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         n, k, *rest = ctx.sizes
+        tensors = ctx.saved_tensors  # once: checkpointing unpacks them anew every time they are read
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             pattern = rest[0] if has_pattern else ""
-            grad_x = grad @ decompress(ctx.saved_tensors, n, k, pattern, rest[-1], grad.dtype)
+            grad_x = grad @ decompress(tensors, n, k, pattern, rest[-1], grad.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, n).sum(0)
-        return (grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, *[None] * len(rest))
+        return (grad_x, [None] * len(tensors), grad_bias, None, None, *[None] * len(rest))
 
     torch.library.impl(qualified, DEVICES)(kernel)
     torch.library.register_fake(qualified)(shape)
@@ -174,7 +176,9 @@ def is_plain(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """True when nothing but the kernel would see the call: no tracing, gradient, autocast, mode, subclass or vmap."""
     if is_compiling() or type(x) is not torch.Tensor or not (x.is_cpu or x.is_cuda):
         return False
-    if _tracing() is not None or forward_ad._current_level >= 0 or _modes() or _is_wrapped(x):
+    if _tracing() is not None or forward_ad._current_level >= 0 or _modes() or _function_modes():
+        return False
+    if _is_wrapped(x) or x.is_neg():
         return False
     if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False

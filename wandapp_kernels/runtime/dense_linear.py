@@ -20,15 +20,16 @@ class DenseLinear(KernelLinear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
+        weight = self._parameters.get("weight")
         if type(weight) is nn.Parameter and not (weight.requires_grad and torch.is_grad_enabled()):
             y = self._run_kernel(input)
             if y is not None:
                 return y
         return super().forward(input)
 
-    def _weight_tensors(self) -> list[torch.Tensor]:
-        return [self.weight]
+    def _weight_tensors(self) -> Sequence[torch.Tensor]:
+        weight = self._parameters.get("weight")
+        return (self.weight if weight is None else weight,)
 
     def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
         shape = (self.out_features, self.in_features)

@@ -87,7 +87,7 @@ def generate_timed(
         disable_compile=True,
     )
     clock = _Clock(on_token)
-    with torch.inference_mode():
+    with torch.no_grad():
         clock.note()
         output = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock

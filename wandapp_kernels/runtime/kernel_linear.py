@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import nn
 
-from wandapp_kernels import dispatch
-from wandapp_kernels.backends import Call
+from wandapp_kernels.backends import Call, Held, epoch
 from wandapp_kernels.ops.operator import is_plain
 from wandapp_kernels.runtime import shared_input
 
@@ -18,7 +17,7 @@ _CALLS, _FOLLOWERS = "_kernel_calls", "_kernel_followers"
 class KernelLinear(nn.Linear):
     """An ``nn.Linear`` whose product a kernel computes. Subclasses say what the weight is and ask for the kernel."""
 
-    def _weight_tensors(self) -> list[torch.Tensor]:
+    def _weight_tensors(self) -> Sequence[torch.Tensor]:
         """The tensors of the weight, values first."""
         raise NotImplementedError
 
@@ -26,52 +25,67 @@ class KernelLinear(nn.Linear):
         """The call for x ``[..., K]``, which is on the device of the tensors and in their type."""
         raise NotImplementedError
 
+    def held(self) -> Held:
+        """The tensors of the weight, and the bias, as the layer holds them now."""
+        try:
+            return self._weight_tensors(), self._parameters["bias"]
+        except KeyError:  # parametrized, pruned by torch, or a replica: a plain attribute
+            return self._weight_tensors(), self.bias
+
     def _run_kernel(self, x: torch.Tensor) -> torch.Tensor | None:
         """``x @ Wᵀ + bias``, or None when this is no plain call on a fitting x ``[..., K]``."""
-        bias = self._parameters["bias"]
-        if not is_plain(x, bias):
+        held = self.held()
+        if not is_plain(x, held[1]) or not self._takes(x, held):
             return None
-        if (ahead := shared_input.take(self, x)) is not None:
+        marks = _marks(held)
+        if (ahead := shared_input.take(self, x, held, marks)) is not None:
             return ahead
-        tensors = self._weight_tensors()
-        size, columns = x.numel(), self.in_features
-        if not size or x.shape[-1] != columns or x.dtype != tensors[0].dtype or x.device != tensors[0].device:
-            return None
-        given, tokens = x, size // columns
+        given = x
         if not x.is_contiguous():
             x = x.contiguous()
-        call = self._call(x, tokens, tensors, bias)
+        call = self._call(x, held, marks)
         if call is None:
             return None
-        return shared_input.run(self, call, x, given, tokens) if tokens <= shared_input.MOST_TOKENS else call(x)
+        if call.kind is None or x.numel() > shared_input.MOST_TOKENS * self.in_features:
+            return call(x, held)
+        return shared_input.run(self, call, x, given, held)
 
-    def _call(
-        self, x: torch.Tensor, tokens: int, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None
-    ) -> Call | None:
-        """The call for x, kept from the last time; None when weight and bias do not go together."""
+    def _takes(self, x: torch.Tensor, held: Held) -> bool:
+        values = held[0][0]
+        return (
+            x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and x.numel() > 0
+            and x.dtype == values.dtype
+            and x.device == values.device
+        )
+
+    def _call(self, x: torch.Tensor, held: Held, marks: list[Hashable]) -> Call | None:
+        """The call for contiguous x, kept from the last time; None when weight and bias do not go together."""
         known: _KnownCalls | None = self.__dict__.get(_CALLS)
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if bias is not None:
-            addresses.append(bias.data_ptr())
-        epoch = dispatch.epoch()
-        if known is None or known.addresses != addresses or known.epoch != epoch:
-            if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        now = epoch()
+        if known is None or known.marks != marks or known.epoch != now:
+            tensors, bias = held
+            if bias is not None and (bias.dtype != x.dtype or bias.device != x.device or not bias.is_contiguous()):
                 return None
             if not all(tensor.is_contiguous() for tensor in tensors):
                 return None
-            known = self.__dict__[_CALLS] = _KnownCalls(addresses, epoch)
-        key = ((tokens - 1).bit_length(), torch.get_num_threads())
+            known = self.__dict__[_CALLS] = _KnownCalls(marks, now)
+        key = ((x.numel() // self.in_features - 1).bit_length(), torch.get_num_threads())
         call = known.calls.get(key)
         if call is None:
-            call = known.calls[key] = self._find_call(x, tensors, bias)
+            call = known.calls[key] = self._find_call(x, *held)
         return call
 
-    def call_for(self, x: torch.Tensor, tokens: int) -> Call | None:
-        """The call of a plain forward of contiguous x, if it would make one."""
-        bias = self._parameters["bias"]
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+    def call_ahead(self, x: torch.Tensor) -> tuple[Call, Held, list[Hashable]] | None:
+        """The call that a plain forward of contiguous x would make now, if it would make one."""
+        held = tensors, bias = self.held()
+        learning = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, bias) if t is not None)
+        if learning or not self._takes(x, held):
             return None
-        return self._call(x, tokens, self._weight_tensors(), bias)
+        marks = _marks(held)
+        call = self._call(x, held, marks)
+        return None if call is None else (call, held, marks)
 
     @property
     def followers(self) -> shared_input.Followers:
@@ -87,15 +101,21 @@ class KernelLinear(nn.Linear):
         self.__dict__.pop(_FOLLOWERS, None)
 
 
+def _marks(held: Held) -> list[Hashable]:
+    """What a call depends on: two lists are equal only if every tensor lies where it lay, as it lay."""
+    tensors, bias = held
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (*tensors, bias) if t is not None]
+
+
 class _KnownCalls:
-    """Calls by bucket of tokens and threads, good for tensors at these addresses and for one epoch of dispatch."""
+    """Calls by bucket of tokens and threads, good for tensors with these marks and for one epoch of choices."""
 
-    __slots__ = ("addresses", "calls", "epoch")
+    __slots__ = ("calls", "epoch", "marks")
 
-    def __init__(self, addresses: list[int], epoch: int):
-        self.addresses, self.epoch = addresses, epoch
+    def __init__(self, marks: list[Hashable], epoch: int):
+        self.marks, self.epoch = marks, epoch
         self.calls: dict[tuple[int, int], Call] = {}
 
-    def __reduce__(self) -> tuple[type[_KnownCalls], tuple[list[int], int]]:
+    def __reduce__(self) -> tuple[type[_KnownCalls], tuple[list[Hashable], int]]:
         """A copy of the layer, or the layer in another process, has other tensors: it starts without calls."""
         return _KnownCalls, ([], -1)

@@ -2,20 +2,23 @@
 
 Nothing is said about the model: a layer that is called with the very tensor that the layer before it was called with
 becomes that layer's follower. From then on its product is computed along with the leader's, and handed over when it is
-asked for; a leader whose followers were not asked for several times computes nothing ahead any more. Every thread has
-its own memory of the last input. A change of the input in place in between is noticed, unless it is made through
-``.data`` or NumPy.
+asked for, provided that neither the input nor the follower has changed in between. A leader whose followers were not
+asked for several times in a row computes nothing ahead any more. Every thread has its own memory of the last input.
+
+A change of the values through ``.data`` or NumPy, between two layers that share an input, is not noticed.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from wandapp_kernels.backends import Call
+from wandapp_kernels.backends import Call, Held, epoch
+from wandapp_kernels.errors import WandappError
 
 if TYPE_CHECKING:
     from wandapp_kernels.runtime.kernel_linear import KernelLinear
@@ -26,7 +29,7 @@ MOST_MISSES = 8
 
 
 class Followers:
-    """The layers that a leader computes ahead for, and how often one of them was not asked for."""
+    """The layers that a leader computes ahead for, and how often in a row one of them was not asked for."""
 
     __slots__ = ("members", "misses")
 
@@ -50,61 +53,87 @@ class Followers:
             self.members = ()
 
 
-class _Last(threading.local):
-    """The last input of this thread, the first call on it, and what was computed ahead and not asked for yet."""
+class _Ahead(NamedTuple):
+    """A product computed ahead, and what it was computed from."""
 
-    x: torch.Tensor | None = None
-    version = -1
+    owner: weakref.ref[KernelLinear]
+    marks: list[Hashable]
+    versions: list[int]
+    product: torch.Tensor
+
+
+class _Last(threading.local):
+    """The last input of this thread, the first layer called with it, and what nobody has asked for yet."""
+
+    x: weakref.ref[torch.Tensor] | None = None
+    state: tuple[Hashable, ...] = ()
     leader: weakref.ref[KernelLinear] | None = None
-    call: Call | None = None
-    ready: tuple[tuple[weakref.ref[KernelLinear], torch.Tensor], ...] = ()
+    kind: Hashable = None
+    ahead: tuple[_Ahead, ...] = ()
 
 
 _last = _Last()
 
 
-def take(layer: KernelLinear, x: torch.Tensor) -> torch.Tensor | None:
-    """What was computed ahead for ``layer`` on x, if anything was."""
+def _state(x: torch.Tensor) -> tuple[Hashable, ...]:
+    return x._version, x.data_ptr(), x.shape, epoch()
+
+
+def _versions(held: Held) -> list[int]:
+    tensors, bias = held
+    return [t._version for t in (*tensors, bias) if t is not None and not t.is_inference()]
+
+
+def take(layer: KernelLinear, x: torch.Tensor, held: Held, marks: list[Hashable]) -> torch.Tensor | None:
+    """What was computed ahead for ``layer`` on x, if something was, from what the layer holds now."""
     last = _last
-    if last.x is not x or not last.ready or last.version != x._version:
+    if not last.ahead or last.x is None or last.x() is not x or last.state != _state(x):
         return None
-    for position, (owner, y) in enumerate(last.ready):
-        if owner() is layer:
-            last.ready = last.ready[:position] + last.ready[position + 1 :]
-            return y
+    for position, found in enumerate(last.ahead):
+        if found.owner() is layer:
+            last.ahead = last.ahead[:position] + last.ahead[position + 1 :]
+            leader = last.leader() if last.leader is not None else None
+            if not last.ahead and leader is not None:
+                leader.followers.misses = 0
+            return found.product if found.marks == marks and found.versions == _versions(held) else None
     return None
 
 
-def run(layer: KernelLinear, call: Call, x: torch.Tensor, given: torch.Tensor, tokens: int) -> torch.Tensor:
-    """``call(x)``, and what the layer's followers will ask for.
+def run(layer: KernelLinear, call: Call, x: torch.Tensor, given: torch.Tensor, held: Held) -> torch.Tensor:
+    """``call(x, held)``, and what the layer's followers will ask for.
 
     Args:
-        layer: whose call it is.
+        layer: whose call it is, of some kind.
         x: ``[..., K]``, contiguous.
         given: what the layer was called with: x, or what x is a copy of.
-        tokens: rows of x.
+        held: of the layer.
     """
     if given.is_inference():  # such tensors do not count their changes
-        return call(x)
-    last, version = _last, given._version
+        return call(x, held)
+    last, state = _last, _state(given)
     leader = last.leader() if last.leader is not None else None
-    if last.x is given and last.version == version:
-        if leader is not None and leader is not layer and last.call is not None and last.call.fits(call):
+    if last.x is not None and last.x() is given and last.state == state:
+        if leader is not None and leader is not layer and last.kind == call.kind:
             leader.followers.add(layer)
-        return call(x)
-    if last.ready and leader is not None:
+        return call(x, held)
+    if last.ahead and leader is not None:
         leader.followers.miss()
-    last.x, last.version, last.leader, last.call, last.ready = given, version, weakref.ref(layer), call, ()
-    members = layer.followers.members
-    if not members:
-        return call(x)
-    owners, calls = [], []
-    for member in members:
+    last.x, last.state, last.kind, last.ahead = weakref.ref(given), state, call.kind, ()
+    last.leader = weakref.ref(layer)
+    others = []
+    for member in layer.followers.members:
         follower = member()
-        other = None if follower is None else follower.call_for(x, tokens)
-        if other is not None and call.fits(other):
-            owners.append(member)
-            calls.append(other)
-    y, *ahead = call.together(calls, x)
-    last.ready = tuple(zip(owners, ahead, strict=True))
+        try:
+            found = None if follower is None else follower.call_ahead(x)
+        except WandappError:  # the follower will say so itself
+            found = None
+        if found is not None and found[0].kind == call.kind:
+            others.append((member, *found))
+    if not others:
+        return call(x, held)
+    y, *products = call.run_together(x, [(other, its) for _, other, its, _ in others], held)
+    last.ahead = tuple(
+        _Ahead(member, marks, _versions(its), product)
+        for (member, _, its, marks), product in zip(others, products, strict=True)
+    )
     return y

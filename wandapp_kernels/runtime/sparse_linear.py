@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -204,11 +204,12 @@ class SparseLinear(KernelLinear):
     def _tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in self._tensor_names]
 
-    def _weight_tensors(self) -> list[torch.Tensor]:
+    def _weight_tensors(self) -> Sequence[torch.Tensor]:
         first, *others = self._tensor_names
-        values = self._parameters[first]
-        assert values is not None
-        return [values, *(cast("torch.Tensor", self._buffers[name]) for name in others)]
+        try:
+            return [self._parameters[first], *(self._buffers[name] for name in others)]  # type: ignore[list-item]
+        except KeyError:  # a replica of nn.DataParallel has plain attributes
+            return self._tensors()
 
     def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
         pattern = "" if self.pattern == UNSTRUCTURED else self.pattern

@@ -43,7 +43,9 @@ def swiglu(x: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor:
 
 
 def _fused(x: torch.Tensor, gate: SparseLinear, up: SparseLinear) -> torch.Tensor | None:
-    if gate.layout != LAYOUT or up.layout != LAYOUT or gate._forward_hooks or up._forward_hooks:
+    if gate.layout != LAYOUT or up.layout != LAYOUT:
+        return None
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (gate, up)):
         return None
     if not is_plain(x, gate.bias) or not is_plain(x, up.bias):
         return None

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.nn import functional
 
-from wandapp_kernels.backends.base import DENSE, DENSE_OPERATOR, Backend, Call, Problem
+from wandapp_kernels.backends.base import DENSE, DENSE_OPERATOR, Backend, Call, Held, Problem
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.sparsity.pattern import Pattern
 
@@ -57,7 +57,7 @@ class CpuLinear(Backend):
         shape: tuple[int, int],
         pattern: Pattern | None,
     ) -> CpuCall:
-        return CpuCall(self, tensors, bias, shape, tensors[0].dtype)
+        return CpuCall(self, (tensors, bias), shape, tensors[0].dtype)
 
 
 class CpuStrips(Backend):
@@ -118,46 +118,36 @@ class CpuDense(Backend):
         shape: tuple[int, int],
         pattern: Pattern | None,
     ) -> CpuCall:
-        return CpuCall(self, tensors, bias, shape, tensors[0].dtype)
+        return CpuCall(self, (tensors, bias), shape, tensors[0].dtype)
 
 
 class CpuCall(Call):
     """A weight bound to the compiled kernel of its layout: a call passes addresses."""
 
-    def __init__(
-        self,
-        backend: CpuLinear | CpuDense,
-        tensors: Sequence[torch.Tensor],
-        bias: torch.Tensor | None,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-    ):
-        super().__init__(backend, tensors, bias, shape, None)
-        self.bound = compiled.Bound(backend.layout, tensors, bias, shape, dtype)
+    def __init__(self, backend: CpuLinear | CpuDense, held: Held, shape: tuple[int, int], dtype: torch.dtype):
+        super().__init__(backend, shape, None)
+        self.bound = compiled.Bound(backend.layout, *held, shape, dtype)
+        self.kind = (backend.layout, dtype, shape[1], compiled.variant())
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.together((), x)[0]
+    def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
+        return self.run_together(x, (), held)[0]
 
-    def fits(self, other: Call) -> bool:
-        if not isinstance(other, CpuCall):
-            return False
-        one, two = self.bound, other.bound
-        return (one.layout, one.dtype, one.shape[1]) == (two.layout, two.dtype, two.shape[1])
-
-    def together(self, others: Sequence[Call], x: torch.Tensor) -> list[torch.Tensor]:
-        calls = (self, *cast("Sequence[CpuCall]", others))
-        outputs = compiled.multiply(x, [call.bound for call in calls])
+    def run_together(self, x: torch.Tensor, others: Sequence[tuple[Call, Held]], held: Held) -> list[torch.Tensor]:
+        calls = [(self, held), *cast("Sequence[tuple[CpuCall, Held]]", others)]
+        outputs = compiled.multiply(x, [call.bound for call, _ in calls])
         if outputs is not None:
             return outputs
         # x holds NaN or infinity: a dense linear also multiplies it with the zeros.
         rows = x.view(-1, x.shape[-1])
-        outputs = [_by_strips(rows, call.bound.layout, *call._arguments[:3]) for call in calls]
+        outputs = [_by_strips(rows, self.backend.layout, *of_it, call._shape) for call, of_it in calls]
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
 def _run_many(backend: CpuLinear | CpuDense, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
-    first, *others = [CpuCall(backend, *matrix, x.dtype) for matrix in matrices]
-    return first.together(others, x)
+    (first, held), *others = [
+        (CpuCall(backend, (tensors, bias), shape, x.dtype), (tensors, bias)) for tensors, bias, shape in matrices
+    ]
+    return first.run_together(x, others, held)
 
 
 def _reason(problem: Problem, operator: str, also: str | None = None) -> str | None:
@@ -184,7 +174,7 @@ def _by_strips(
     x_wide = x.to(wide)
     bias_wide = None if bias is None else bias.to(wide)
     step = max(64, _STRIP_BYTES // (columns * wide.itemsize))
-    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device="cpu")
     for first in range(0, rows, step):
         last = min(first + step, rows)
         strip = compiled.decompress(layout, tensors, shape, first, last, wide)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from wandapp_kernels import _cpu  # type: ignore[attr-defined]
+from wandapp_kernels.backends.base import choices_changed
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.sparsity.nm_weight import kept_per_row
 from wandapp_kernels.sparsity.pattern import Pattern
@@ -55,6 +56,7 @@ def use_variant(name: str | None) -> str:
     before = _variant_name
     _variant_name = choose_variant(name)
     _variant = dict(_cpu.variants())[_variant_name]
+    choices_changed()
     return before
 
 
@@ -73,12 +75,14 @@ def has_fast_bf16_gemm() -> bool:
 class Bound:
     """A weight in ``layout`` with its bias, checked once, so that a call only passes addresses.
 
+    It keeps only the copies that it makes of tensors that are not contiguous: the caller keeps the others alive.
+
     Attributes:
         layout, dtype: of the weight; x must have the type too.
         shape: (N, K).
     """
 
-    __slots__ = ("_tensors", "dtype", "layout", "native", "shape")
+    __slots__ = ("_copies", "dtype", "layout", "native", "shape")
 
     def __init__(
         self,
@@ -90,13 +94,14 @@ class Bound:
     ):
         """Raises UsageError unless types and sizes fit together; see the functions below for the arguments."""
         values, meta, offsets, kept = addresses(layout, tensors, shape, dtype)
+        given = [*tensors, bias]
         if bias is not None:
             if bias.dtype != dtype or bias.shape != (shape[0],) or bias.device.type != "cpu":
                 raise UsageError(f"bias is {bias.dtype} {tuple(bias.shape)}, but {dtype} {(shape[0],)} is needed")
             bias = bias.contiguous()
             kept.append(bias)
         self.layout, self.dtype, self.shape = layout, dtype, shape
-        self._tensors = kept
+        self._copies = [tensor for tensor in kept if not any(tensor is one for one in given)]
         address = 0 if bias is None else bias.data_ptr()
         self.native = _cpu.Bound(_variant, FORMATS[layout], TYPES[dtype], values, meta, offsets, address, *shape)
 
@@ -122,7 +127,7 @@ def multiply(x: torch.Tensor, bound: Sequence[Bound]) -> list[torch.Tensor] | No
     for one in bound:
         if one.shape[1] != columns:
             raise UsageError(f"x has {columns} columns, but the weight has in_features = {one.shape[1]}")
-    outputs = [torch.empty(*leading, one.shape[0], dtype=dtype) for one in bound]
+    outputs = [torch.empty(*leading, one.shape[0], dtype=dtype, device="cpu") for one in bound]
     finite = _cpu.linear(
         [one.native for one in bound],
         x.data_ptr(),
@@ -169,7 +174,7 @@ def decompress(
     rows, columns = shape
     last = rows if last is None else last
     bound = Bound(layout, tensors, None, shape, own)
-    out = torch.empty((last - first, columns), dtype=dtype)
+    out = torch.empty((last - first, columns), dtype=dtype, device="cpu")
     _cpu.decompress(bound.native, first, last, out.data_ptr(), dtype != own, torch.get_num_threads())
     return out
 
