@@ -54,16 +54,18 @@ def _row(method: str, runs: Sequence[dict[str, Any]], texts: Sequence[str]) -> l
         cells.append(f"{number(statistics.mean(values))}{spread}")
     pairs = [(_entries([run], method), _entries([run], "sparsegpt")) for run in runs]
     ratios = [ours[0]["perplexity"] / theirs[0]["perplexity"] for ours, theirs in pairs if ours and theirs]
-    seconds = sorted({f"{entry[_clock(runs)]:.0f}" for entry in entries}, key=int)
+    clock = _clock(runs)
+    seconds = sorted({f"{entry[clock]:.0f}" for entry in entries if clock in entry}, key=int)
     peak = max(entry["peak_memory_bytes"] for entry in entries)
     ratio = f"{statistics.mean(ratios):.2f}" if ratios else None
     return [*cells, ratio, str(len(entries)), "–".join(dict.fromkeys((seconds[0], seconds[-1]))), human_bytes(peak)]
 
 
 def _clock(runs: Sequence[dict[str, Any]]) -> str:
-    """CPU seconds, which other work on the machine hardly moves, where every run recorded them."""
+    """CPU seconds, which other work on the machine hardly moves, where a run of every method recorded them."""
     entries = [entry for run in runs for entry in run["methods"]]
-    return "cpu_seconds" if all("cpu_seconds" in entry for entry in entries) else "seconds"
+    recorded = {entry["method"] for entry in entries if "cpu_seconds" in entry}
+    return "cpu_seconds" if recorded == {entry["method"] for entry in entries} else "seconds"
 
 
 def _conditions(runs: Sequence[dict[str, Any]]) -> str:
@@ -72,6 +74,8 @@ def _conditions(runs: Sequence[dict[str, Any]]) -> str:
     hashes = ", ".join(f"{t['text']} {t['text_hash']} ({t['tokens']} tokens)" for t in evaluation["texts"])
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     clock = "CPU seconds" if _clock(runs) == "cpu_seconds" else "seconds on the clock of a busy machine"
+    if any(_clock(runs) not in entry for other in runs for entry in other["methods"]):
+        clock += " where they were recorded"
     return (
         f"{run['model']}, fp32, {run['device']}; calibration {calibration['source']}, "
         f"{calibration['samples']} × {calibration['seqlen']} tokens, seeds 0, 1, … (mean ± half the range; "

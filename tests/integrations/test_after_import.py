@@ -55,3 +55,16 @@ def test_a_module_that_is_nowhere_stays_nowhere(name: str) -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("waited_for.nowhere")
     assert importlib.import_module(name).value == 1
+
+
+def test_an_import_that_failed_is_waited_for_again(name: str, tmp_path: Path) -> None:
+    inner = tmp_path / "waited_for" / "inner.py"
+    seen: list[int] = []
+    inner.write_text("raise RuntimeError('first')\n")
+    after_import(name, lambda: seen.append(1))
+    with pytest.raises(RuntimeError, match="first"):
+        importlib.import_module(name)
+    assert not seen
+    inner.write_text("value = 1  # longer, so that no cached bytecode is taken for it\n")
+    importlib.invalidate_caches()
+    assert importlib.import_module(name).value == 1 and seen == [1]
