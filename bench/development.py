@@ -37,11 +37,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "best": {},
     "best, the first mask kept": {"optimizer": {"mask": "keep"}},
     "best, squared error summed over tokens": {"optimizer": {"loss": "sum"}},
-    "best, norm weights left alone": {"optimizer": {"norms": False}},
     "best, target on the pruned stream": {"optimizer": {"target": "pruned"}},
-    "best from ADMM + PCG": {"score": "wanda", "update": "admm-pcg"},
     "best, only the given 4,096 tokens": {"self_calibration": 0},
     "best, 6 rounds and 16,384 tokens": {"self_calibration": 16384, "optimizer": {"rounds": 6}},
+    "best, norm weights left alone": {"optimizer": {"norms": False}},
+    "best from ADMM + PCG": {"score": "wanda", "update": "admm-pcg"},
 }
 
 

@@ -21,6 +21,7 @@ from wandapp_kernels.backends import (
     UNAVAILABLE,
     UNSTRUCTURED,
     Backend,
+    Call,
     Problem,
     ReferenceBackend,
     backends_of,
@@ -163,22 +164,22 @@ def _sentence(error: Exception) -> str:
 def _rotating(
     backend: Backend, x: torch.Tensor, tensors: list[torch.Tensor], sample: SampleWeight
 ) -> list[Callable[[], torch.Tensor]]:
-    """Calls of the backend, each on another copy of its weight; a compressed weight on the way its operator takes."""
+    """Calls of the backend, each on another copy of its weight and prepared for it, as a layer keeps them."""
     size = max(sum(tensor.nbytes for tensor in tensors), 1)
     copies = min(1 + -(-2 * last_level_cache(str(x.device)) // size), MAX_ROUNDS)
 
-    def plain(copy: list[torch.Tensor]) -> torch.Tensor:
+    def dense(copy: list[torch.Tensor], call: Call) -> torch.Tensor:
         return backend.run(x, copy, None, sample.shape, sample.pattern)
 
-    def through_operator(copy: list[torch.Tensor]) -> torch.Tensor:
-        # What every call of the operator pays: a small layer that wins only without it does not win.
+    def checked(copy: list[torch.Tensor], call: Call) -> torch.Tensor:
+        # What every call of a layer pays: a small one that wins only without it does not win.
         is_plain(x, None)
         check_linear(backend.name, x, copy, None, *sample.shape)
-        return plain(copy)
+        return call(x, (copy, None))
 
-    run = plain if backend.layout == DENSE else through_operator
-
-    return [partial(run, [tensor.clone() for tensor in tensors]) for _ in range(copies)]
+    run = dense if backend.name == DENSE else checked
+    clones = [[tensor.clone() for tensor in tensors] for _ in range(copies)]
+    return [partial(run, copy, backend.bind(copy, None, sample.shape, sample.pattern)) for copy in clones]
 
 
 def _medians(calls: dict[str, list[Callable[[], torch.Tensor]]], device: str, seconds: float) -> dict[str, float]:
