@@ -51,14 +51,9 @@ class KernelLinear(nn.Linear):
         return shared_input.run(self, call, x, given, held)
 
     def _takes(self, x: torch.Tensor, held: Held) -> bool:
-        values = held[0][0]
-        return (
-            x.dim() > 0
-            and x.shape[-1] == self.in_features
-            and x.numel() > 0
-            and x.dtype == values.dtype
-            and x.device == values.device
-        )
+        values, shape = held[0][0], x.shape
+        fits = len(shape) > 0 and shape[-1] == self.in_features and x.dtype == values.dtype and x.numel() > 0
+        return fits and x.device == values.device
 
     def _call(self, x: torch.Tensor, held: Held, marks: list[Hashable]) -> Call | None:
         """The call for contiguous x, kept from the last time; None when weight and bias do not go together."""
@@ -102,9 +97,15 @@ class KernelLinear(nn.Linear):
 
 
 def _marks(held: Held) -> list[Hashable]:
-    """What a call depends on: two lists are equal only if every tensor lies where it lay, as it lay."""
+    """What a call depends on: two lists are equal only if every tensor lies where it lay, as it lay.
+
+    Calls are only made for contiguous tensors, and an address belongs to one device.
+    """
     tensors, bias = held
-    return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (*tensors, bias) if t is not None]
+    marks: list[Hashable] = [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]
+    if bias is not None:
+        marks.append((bias.data_ptr(), bias.shape, bias.dtype, bias.is_contiguous()))
+    return marks
 
 
 class _KnownCalls:

@@ -92,7 +92,8 @@ class CpuDense(Backend):
 
     name = "cpu-dense"
     layout = DENSE
-    default_tokens = 16
+    # Where 16-bit products are emulated, the dense library loses at any number of tokens.
+    default_tokens = 16 if compiled.has_fast_bf16_gemm() else _UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
         return _reason(problem, DENSE_OPERATOR, also=problem.operator)
