@@ -44,6 +44,7 @@ class _Kernel:
     def __init__(self, gpu: Gpu, path: str, name: str):
         self.gpu, self.path, self.name = gpu, path, name
         self.max_dynamic_shared_size_bytes = 0
+        self.shared_size_bytes = 0
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         if self.gpu.refuses:

@@ -84,8 +84,9 @@ def _kernel(source: str, name: str, device: int) -> Any:
     path = compiled(source, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):  # the module is loaded into this device's context
         kernel = cupy.RawModule(path=str(path)).get_function(name)
-        # A limit, not a reservation: every launch says what it uses.
-        kernel.max_dynamic_shared_size_bytes = shared_memory(torch.device("cuda", device))
+        # A limit, not a reservation: every launch says what it uses. What the kernel declares itself counts too.
+        most = shared_memory(torch.device("cuda", device))
+        kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
     return kernel
 
 
