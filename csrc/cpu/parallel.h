@@ -14,7 +14,7 @@ namespace wandapp {
 // of this module's (thread_pool.h).
 void parallel_for(int64_t pieces, int threads, const std::function<void(int64_t)>& piece);
 
-// Which threads those are: "openmp" or "own". For reports and tests.
+// Which threads those are: "openmp" or "own". For tests.
 const char* parallel_backend();
 
 }  // namespace wandapp

@@ -19,19 +19,8 @@ _UNLIMITED = 1 << 40
 _STRIP_BYTES = 8 << 20
 
 
-class CpuLinear(Backend):
-    """A kernel of one sparse layout: fp32 accumulation, any shape, the same result with any number of threads."""
-
-    def __init__(self, name: str, operator: str, layout: str):
-        self.name = name
-        self.operator = operator
-        self.layout = layout
-        # Beyond, a dense library with native bf16 is faster; without one, these kernels are at any number of tokens.
-        # Spreading a bitmap for a few tokens at a time costs more than once for all of them.
-        self.default_tokens = 64 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else _UNLIMITED
-
-    def supports(self, problem: Problem) -> str | None:
-        return _reason(problem, self.operator)
+class CompiledBackend(Backend):
+    """Runs the compiled kernel of its layout: fp32 accumulation, any shape, the same with any number of threads."""
 
     def run(
         self,
@@ -48,7 +37,10 @@ class CpuLinear(Backend):
 
         The threads are woken once and x is prepared once.
         """
-        return _run_many(self, x, matrices)
+        (first, held), *others = [
+            (CpuCall(self, (tensors, bias), shape, x.dtype), (tensors, bias)) for tensors, bias, shape in matrices
+        ]
+        return first.run_together(x, others, held)
 
     def bind(
         self,
@@ -58,6 +50,21 @@ class CpuLinear(Backend):
         pattern: Pattern | None,
     ) -> CpuCall:
         return CpuCall(self, (tensors, bias), shape, tensors[0].dtype)
+
+
+class CpuLinear(CompiledBackend):
+    """The kernel of one sparse layout."""
+
+    def __init__(self, name: str, operator: str, layout: str):
+        self.name = name
+        self.operator = operator
+        self.layout = layout
+        # Beyond, a dense library with native bf16 is faster; without one, these kernels are at any number of tokens.
+        # Spreading a bitmap for a few tokens at a time costs more than once for all of them.
+        self.default_tokens = 64 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else _UNLIMITED
+
+    def supports(self, problem: Problem) -> str | None:
+        return _reason(problem, self.operator)
 
 
 class CpuStrips(Backend):
@@ -87,7 +94,7 @@ class CpuStrips(Backend):
         return _by_strips(x, self.layout, tensors, bias, shape)
 
 
-class CpuDense(Backend):
+class CpuDense(CompiledBackend):
     """The dense kernel, written as the sparse ones: what they are compared with, and what dense layers should use."""
 
     name = "cpu-dense"
@@ -98,34 +105,11 @@ class CpuDense(Backend):
     def supports(self, problem: Problem) -> str | None:
         return _reason(problem, DENSE_OPERATOR, also=problem.operator)
 
-    def run(
-        self,
-        x: torch.Tensor,
-        tensors: Sequence[torch.Tensor],
-        bias: torch.Tensor | None,
-        shape: tuple[int, int],
-        pattern: Pattern | None,
-    ) -> torch.Tensor:
-        return self.run_many(x, [(tensors, bias, shape)])[0]
-
-    def run_many(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
-        """Several dense matrices that share the input ``x [M, K]`` in one call: one ``[M, N]`` each."""
-        return _run_many(self, x, matrices)
-
-    def bind(
-        self,
-        tensors: Sequence[torch.Tensor],
-        bias: torch.Tensor | None,
-        shape: tuple[int, int],
-        pattern: Pattern | None,
-    ) -> CpuCall:
-        return CpuCall(self, (tensors, bias), shape, tensors[0].dtype)
-
 
 class CpuCall(Call):
     """A weight bound to the compiled kernel of its layout: a call passes addresses."""
 
-    def __init__(self, backend: CpuLinear | CpuDense, held: Held, shape: tuple[int, int], dtype: torch.dtype):
+    def __init__(self, backend: CompiledBackend, held: Held, shape: tuple[int, int], dtype: torch.dtype):
         super().__init__(backend, shape, None)
         self.bound = compiled.Bound(backend.layout, *held, shape, dtype)
         self.kind = (backend.layout, dtype, shape[1], compiled.variant())
@@ -142,13 +126,6 @@ class CpuCall(Call):
         rows = x.view(-1, x.shape[-1])
         outputs = [_by_strips(rows, self.backend.layout, *of_it, call._shape) for call, of_it in calls]
         return [output.view(*x.shape[:-1], -1) for output in outputs]
-
-
-def _run_many(backend: CpuLinear | CpuDense, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
-    (first, held), *others = [
-        (CpuCall(backend, (tensors, bias), shape, x.dtype), (tensors, bias)) for tensors, bias, shape in matrices
-    ]
-    return first.run_together(x, others, held)
 
 
 def _reason(problem: Problem, operator: str, also: str | None = None) -> str | None:
