@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import sys
 import types
 from dataclasses import dataclass, field
@@ -38,20 +40,28 @@ class Gpu:
     nvrtc_fails: bool = False
     device: int | None = None
     loaded: list[tuple[str, int | None]] = field(default_factory=list)
+    kernels: dict[int, Any] = field(default_factory=dict)
+
+    def launch(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+        """``cuLaunchKernel``: an array of addresses of the arguments, 8 bytes each, that ends with a null pointer."""
+        if self.refuses:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
+        assert extra == 0
+        kernel = self.kernels[function]
+        places = (ctypes.c_void_p.from_address(parameters + 8 * i).value for i in itertools.count())
+        values = tuple(ctypes.c_uint64.from_address(place).value for place in itertools.takewhile(bool, places))
+        allowed = kernel.max_dynamic_shared_size_bytes
+        launched = Launched(kernel.name, kernel.path, (gx, gy, gz), (bx, by, bz), values, shared, allowed, stream)
+        self.launches.append(launched)
 
 
 class _Kernel:
     def __init__(self, gpu: Gpu, path: str, name: str):
-        self.gpu, self.path, self.name = gpu, path, name
+        self.path, self.name = path, name
         self.max_dynamic_shared_size_bytes = 0
         self.shared_size_bytes = 0
-
-    def __call__(self, grid, block, args, *, shared_mem=0):
-        if self.gpu.refuses:
-            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
-        allowed = self.max_dynamic_shared_size_bytes
-        stream = self.gpu.active_stream or 0
-        self.gpu.launches.append(Launched(self.name, self.path, grid, block, args, shared_mem, allowed, stream))
+        self.kernel = types.SimpleNamespace(ptr=1000 + len(gpu.kernels))
+        gpu.kernels[self.kernel.ptr] = self
 
 
 class _Device:
@@ -121,7 +131,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
     cupy.RawModule = lambda path: types.SimpleNamespace(get_function=lambda name: get_function(path, name))
     cupy.zeros = lambda count, dtype: torch.zeros(count, dtype=torch.int32)
-    cupy.cuda = types.SimpleNamespace(ExternalStream=lambda pointer, device: _Stream(gpu, pointer))
+    cupy.cuda = types.SimpleNamespace(
+        ExternalStream=lambda pointer, device: _Stream(gpu, pointer),
+        driver=types.SimpleNamespace(launchKernel=gpu.launch),
+    )
     libs: Any = types.ModuleType("cupy_backends.cuda.libs")
     libs.nvrtc = _Nvrtc(gpu)
     for name in ("cupy_backends", "cupy_backends.cuda"):
@@ -133,11 +146,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "is_available": lambda: True,
         "get_device_capability": lambda device=None: gpu.capability,
         "current_device": lambda: 0,
-        "current_stream": lambda device=None: types.SimpleNamespace(cuda_stream=gpu.stream),
         "device": lambda index: _Device(gpu, index),
         "is_current_stream_capturing": lambda: gpu.capturing,
         "get_device_properties": lambda device: properties,
         "get_device_name": lambda device=None: "Fake H100",
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: gpu.stream, raising=False)
     return gpu

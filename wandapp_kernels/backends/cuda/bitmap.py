@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from wandapp_kernels.backends.base import Backend, Problem
+from wandapp_kernels.backends.base import Backend, Call, Held, Problem
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout, panel_counts
 from wandapp_kernels.backends.cuda.launcher import (
     DTYPES,
@@ -123,12 +123,25 @@ def bitmap_decode(
         bias = bias.contiguous()
         if bias.shape != (rows,):
             raise KernelError(f"bias is {list(bias.shape)}, but the weight has {rows} rows")
+    return _launch_checked(x, tokens, tensors, bias, shape, x.new_empty((tokens, rows)))
+
+
+def _launch_checked(
+    x: torch.Tensor,
+    tokens: int,
+    tensors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    shape: tuple[int, int],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    rows, columns = shape
     if columns % 8:  # rows of x must start on 16 bytes
-        x = functional.pad(x, (0, -columns % 8))
+        x = functional.pad(x.view(tokens, columns), (0, -columns % 8))
+        columns = x.shape[1]
     elif not is_aligned(x):
         x = x.clone()
-    plan = plan_decode(tokens, shape, multiprocessors(x.device), shared_memory(x.device))
-    out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    device = x.device
+    plan = plan_decode(tokens, shape, multiprocessors(device), shared_memory(device))
     partial = x.new_empty(plan.partial_floats, dtype=torch.float32) if plan.splits > 1 else None
     launch(
         "bitmap_decode",
@@ -138,10 +151,10 @@ def bitmap_decode(
         plan.shared_bytes,
         (
             *(tensors[0], tensors[1], tensors[2], x, bias, out, partial),
-            counters(plan.ctas, x.device) if plan.splits > 1 else None,
-            *(tokens, rows, x.shape[1], plan.warps_per_slab),
+            counters(plan.ctas, device) if plan.splits > 1 else None,
+            *(tokens, rows, columns, plan.warps_per_slab),
         ),
-        x.device,
+        device,
     )
     return out
 
@@ -162,6 +175,15 @@ def decompress(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch
             out.device,
         )
     return out
+
+
+class BitmapCall(Call):
+    """A weight whose tensors were checked when it was bound: a call only launches."""
+
+    def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
+        (tensors, bias), (rows, columns) = held, self._shape
+        out = x.new_empty((*x.shape[:-1], rows))
+        return _launch_checked(x, x.numel() // columns, tensors, bias, self._shape, out)
 
 
 class CudaBitmapBackend(Backend):
@@ -185,3 +207,14 @@ class CudaBitmapBackend(Backend):
         pattern: Pattern | None,
     ) -> torch.Tensor:
         return bitmap_decode(x, tensors, bias, shape)
+
+    def bind(
+        self,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> Call:
+        _check_weight(tensors, shape, tensors[0])
+        unfit = bias is not None and bias.shape != (shape[0],)
+        return super().bind(tensors, bias, shape, pattern) if unfit else BitmapCall(self, shape, pattern)

@@ -1,11 +1,16 @@
 """Launches the kernels of csrc/cuda through CuPy on torch's current stream: no host synchronisation, no copies.
 
+A layer's product takes a few microseconds on the GPU, so the host must not take more: arguments are addresses in a
+buffer that is kept for each kernel, and CuPy hands them to the driver as they are.
+
 Safe inside CUDA graphs: outputs come from torch's allocator, and a launch under capture has counters of its own. The
 first launch of a kernel loads it, which a capture may forbid: call a layer once before it is captured.
 """
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -77,17 +82,28 @@ def check_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype, like: torc
         raise KernelError(f"{name} does not start at a multiple of {ALIGNMENT} bytes: pack the weight again")
 
 
-@lru_cache(maxsize=256)
-def _kernel(source: str, name: str, device: int) -> Any:
-    import cupy
+class _Kernel:
+    """A loaded kernel and the place of its arguments, 8 bytes each (the driver reads the first 4 of a 32-bit one)."""
 
-    path = compiled(source, torch.cuda.get_device_capability(device))
-    with torch.cuda.device(device):  # the module is loaded into this device's context
-        kernel = cupy.RawModule(path=str(path)).get_function(name)
-        # A limit, not a reservation: every launch says what it uses. What the kernel declares itself counts too.
-        most = shared_memory(torch.device("cuda", device))
-        kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
-    return kernel
+    def __init__(self, source: str, name: str, device: int, arguments: int):
+        import cupy
+
+        path = compiled(source, torch.cuda.get_device_capability(device))
+        with torch.cuda.device(device):  # the module is loaded into this device's context
+            self.loaded = cupy.RawModule(path=str(path)).get_function(name)
+            # A limit, not a reservation: every launch says what it uses. What the kernel declares itself counts too.
+            most = shared_memory(torch.device("cuda", device))
+            self.loaded.max_dynamic_shared_size_bytes = most - self.loaded.shared_size_bytes
+            self.function = int(self.loaded.kernel.ptr)
+        self.values = (ctypes.c_uint64 * arguments)()
+        first = ctypes.addressof(self.values)
+        self.places = (ctypes.c_void_p * (arguments + 1))(*(first + 8 * i for i in range(arguments)))
+        self.arguments = ctypes.addressof(self.places)
+        self.lock = threading.Lock()  # from writing the arguments until the driver has copied them
+        self.driver = cupy.cuda.driver.launchKernel
+
+
+_kernel = lru_cache(maxsize=256)(_Kernel)
 
 
 @lru_cache(maxsize=64)
@@ -97,6 +113,11 @@ def _cupy_stream(device: int, pointer: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return cupy.cuda.ExternalStream(pointer, device)
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a GPU; the current one where ``device`` says none."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def launch(
@@ -122,16 +143,19 @@ def launch(
     Raises:
         KernelError: the kernel cannot be compiled, or the driver refuses the launch.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    values = tuple(
-        np.int32(argument) if isinstance(argument, int) else np.uintp(0 if argument is None else argument.data_ptr())
-        for argument in arguments
-    )
+    index = device_index(device)
+    if index != torch.cuda.current_device():  # the driver launches in the context of the current device
+        with torch.cuda.device(index):
+            return launch(source, name, grid, threads, shared_bytes, arguments, device)
+    values = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in arguments]  # type: ignore[union-attr]
     try:
-        kernel = _kernel(source, name, index)
-        stream = _cupy_stream(index, torch.cuda.current_stream(index).cuda_stream)
-        with torch.cuda.device(index), stream:
-            kernel((*grid, 1), (threads, 1, 1), values, shared_mem=shared_bytes)
+        kernel = _kernel(source, name, index, len(values))
+        with kernel.lock:
+            kernel.values[:] = values
+            kernel.driver(
+                *(kernel.function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes),
+                *(_stream(index), kernel.arguments, 0),
+            )
     except KernelError:
         raise
     except Exception as error:
@@ -140,6 +164,11 @@ def launch(
             f"{name} cannot be launched with a grid of {grid}, {threads} threads and {shared_bytes} bytes of shared "
             f"memory: {error}{capturing if torch.cuda.is_current_stream_capturing() else ''}"
         ) from error
+
+
+def _stream(index: int) -> int:
+    """torch's current stream of a GPU; without the object around it, which takes longer than a launch."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 _SLAB = 1 << 20  # words that captured launches are given, 4 MiB at a time; a launch takes a few hundred
@@ -154,7 +183,7 @@ def counters(count: int, device: torch.device) -> torch.Tensor:
     They are kept for each device and stream, since launches on one stream follow each other. A captured launch has its
     own for ever, since its graph may be replayed on any stream; they are laid in stock by calls outside of a capture.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device_index(device)
     if torch.cuda.is_current_stream_capturing():
         given, last = _given.get(index, 0), -(-count // 32) * 32
         if index not in _slabs or given + last > _SLAB:  # nothing ran before the capture, or very much was captured
@@ -164,7 +193,7 @@ def counters(count: int, device: torch.device) -> torch.Tensor:
     if index not in _slabs or _given.get(index, 0) > _SLAB // 2:
         _slabs.setdefault(index, []).append(_zeros(_SLAB, index))
         _given[index] = 0
-    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    key = (index, _stream(index))
     kept = _counters.get(key)
     if kept is None or kept.numel() < count:
         kept = _counters[key] = _zeros(max(count, 4096), index)
@@ -175,7 +204,7 @@ def _zeros(count: int, index: int) -> torch.Tensor:
     """CuPy's memory: what outlives a call must not lie in a pool of torch's, which may belong to a graph."""
     import cupy
 
-    with torch.cuda.device(index), _cupy_stream(index, torch.cuda.current_stream(index).cuda_stream):
+    with torch.cuda.device(index), _cupy_stream(index, _stream(index)):
         return torch.from_dlpack(cupy.zeros(count, dtype=np.int32))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from wandapp_kernels.backends.base import Backend, Problem
+from wandapp_kernels.backends.base import Backend, Call, Held, Problem
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
 from wandapp_kernels.backends.cuda.launcher import counters, launch, multiprocessors, why_not
-from wandapp_kernels.backends.cuda.plan import THREADS, plan, refusal
+from wandapp_kernels.backends.cuda.plan import THREADS, plan, refusal, weight_refusal
 from wandapp_kernels.errors import KernelError
 from wandapp_kernels.sparsity.pattern import Pattern
 
@@ -22,23 +22,34 @@ def _launch(
     biases: Sequence[torch.Tensor | None],
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """One launch for one matrix, or for two that share x."""
+    """One launch for one matrix, or for two that share x ``[M, K]``; checks everything."""
     for bias in biases:
         if (reason := refusal(x, tensors, bias, shape)) is not None:
             raise KernelError(f"the 2:4 decode kernel cannot run: {reason}")
-    tokens, (rows, columns), matrices = x.shape[0], shape, len(biases)
-    cut = plan(rows, columns, tokens, multiprocessors(x.device), matrices)
-    out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    return _launch_checked(x, x.shape[0], tensors, biases, shape, x.new_empty((x.shape[0], shape[0])))
+
+
+def _launch_checked(
+    x: torch.Tensor,
+    tokens: int,
+    tensors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    shape: tuple[int, int],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    rows, columns = shape
+    device = x.device
+    cut = plan(rows, columns, tokens, multiprocessors(device), len(biases))
     partials = x.new_empty(cut.partials, dtype=torch.float32) if cut.partials else None
-    arrived = counters(cut.counters, x.device) if cut.counters else None
+    arrived = counters(cut.counters, device) if cut.counters else None
     launch(
         "nm_decode",
-        cut.kernel(x.dtype, matrices),
+        cut.kernel(x.dtype, len(biases)),
         (cut.grid[0], cut.grid[1]),
         THREADS,
         cut.shared_bytes,
         (*tensors, x, *biases, out, partials, arrived, rows, columns, tokens, cut.splits),
-        x.device,
+        device,
     )
     return out
 
@@ -113,6 +124,15 @@ def nm_swiglu_refusal(
     return refusal(rows, gate, gate_bias, shape) or refusal(rows, up, up_bias, shape)
 
 
+class NmCall(Call):
+    """A weight whose tensors were checked when it was bound: a call only launches."""
+
+    def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
+        (tensors, bias), (rows, columns) = held, self._shape
+        out = x.new_empty((*x.shape[:-1], rows))
+        return _launch_checked(x, x.numel() // columns, tensors, (bias,), self._shape, out)
+
+
 class CudaNMBackend(Backend):
     """The decode kernel for 2:4: up to 64 tokens, NVIDIA GPUs since compute capability 8.0."""
 
@@ -136,3 +156,13 @@ class CudaNMBackend(Backend):
         pattern: Pattern | None,
     ) -> torch.Tensor:
         return nm_decode(x, tensors, bias, shape)
+
+    def bind(
+        self,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> Call:
+        unfit = weight_refusal(tensors, shape, tensors[0]) or (bias is not None and bias.shape != (shape[0],))
+        return super().bind(tensors, bias, shape, pattern) if unfit else NmCall(self, shape, pattern)
