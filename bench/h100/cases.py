@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from wandapp_kernels.backends import BACKENDS, DENSE, DENSE_OPERATOR, UNSTRUCTURED, Backend, Problem
+from wandapp_kernels.backends import (
+    BACKENDS,
+    DENSE,
+    DENSE_OPERATOR,
+    UNSTRUCTURED,
+    Backend,
+    DecompressBackend,
+    Problem,
+)
 from wandapp_kernels.backends import load_backends as _load
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
@@ -29,6 +38,10 @@ DTYPE = torch.bfloat16
 # Their supports() leaves few tokens out since they lose there; here it is measured that they do.
 VENDOR = ("cusparselt-nm", "cutlass-nm")
 VENDOR_TOKENS = 64
+
+# Layouts that are decompressed where no kernel takes so many tokens; for fewer nobody would.
+DECOMPRESSED = ("nm-mma", "bitmap-mma")
+DECOMPRESS_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,10 @@ def gpu_backends(operator: str) -> list[Backend]:
     from wandapp_kernels.ops.layouts import LAYOUTS
 
     _load()
+    every = [*BACKENDS.values(), *(DecompressBackend(layout) for layout in DECOMPRESSED if layout in LAYOUTS)]
     return [
         backend
-        for backend in BACKENDS.values()
+        for backend in every
         if backend.layout in LAYOUTS and LAYOUTS[backend.layout].operator == operator and not _is_cpu(backend)
     ]
 
@@ -75,7 +89,15 @@ def _is_cpu(backend: Backend) -> bool:
 
 
 def refusal(backend: Backend, asked: Problem) -> str | None:
-    """Why ``backend`` does not take the problem; few tokens are no reason for the vendor's libraries."""
+    """Why ``backend`` is not measured on the problem; few tokens are no reason for the vendor's libraries."""
+    if isinstance(backend, DecompressBackend) and asked.tokens < DECOMPRESS_TOKENS:
+        return f"decompressing is not worth trying below {DECOMPRESS_TOKENS} tokens"
     if backend.name in VENDOR:
         asked = replace(asked, tokens=max(asked.tokens, VENDOR_TOKENS))
     return backend.supports(asked)
+
+
+def refused_always(backend: Backend, case: Case, tokens: Sequence[int], dtype: torch.dtype = DTYPE) -> str | None:
+    """Why ``backend`` is measured with none of these numbers of tokens; None if it is with one."""
+    reasons = [refusal(backend, problem(case, count, dtype)) for count in tokens]
+    return None if None in reasons else reasons[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.h100.cases import TOKENS, Case, gpu_backends, problem, refusal, weights
+from bench.h100.cases import TOKENS, Case, gpu_backends, problem, refusal, refused_always, weights
 from bench.h100.clock import Section
 from bench.h100.timing import Timing, copies_for, time_calls
 from wandapp_kernels.ops.layouts import get_layout
@@ -54,14 +54,16 @@ def measure(section: Section, bandwidth: float, cache_bytes: int) -> None:
 def _candidates(section: Section, case: Case, sample: SampleWeight, cache_bytes: int) -> list[tuple[Any, Any]]:
     """Backends that take the case with few or with many tokens, each with copies of its packed weight."""
     assert sample.compressed is not None
-    found = []
+    found, packed = [], {}
     for backend in gpu_backends(problem(case, 1).operator):
         layout = get_layout(backend.layout)
-        reason = refusal(backend, problem(case, 1)) or layout.supports(sample.compressed)
+        reason = refused_always(backend, case, TOKENS) or layout.supports(sample.compressed)
         if reason is not None:
             section.leave_out(f"{case}, {backend.name}", reason)
             continue
-        found.append((backend, _copies(layout.pack(sample.compressed), cache_bytes)))
+        if layout.name not in packed:
+            packed[layout.name] = _copies(layout.pack(sample.compressed), cache_bytes)
+        found.append((backend, packed[layout.name]))
     return found
 
 

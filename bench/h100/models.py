@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
-PRUNED_BLOCKS, SAMPLES, SEQLEN = 3, 32, 512
+PRUNED_BLOCKS, SAMPLES, SEQLEN = 2, 128, 2048  # calibration as in Wanda++, section 5
 PROMPTS, BATCHES = (128, 2048), (1, 8)
 STEPS, WARM_STEPS, EAGER_STEPS = 32, 3, 8
 
@@ -81,6 +81,7 @@ def measure_pruning(
                     "method": method,
                     "pattern": pattern,
                     "block": block.name,
+                    "of_blocks": SHAPES[shape]["num_hidden_layers"],
                     "seconds": block.seconds,
                     "peak_memory_bytes": block.peak_memory_bytes,
                     "samples": list(tokens.shape),
@@ -126,7 +127,7 @@ def measure_generation(
         _release()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as transformers' generate
 def time_model(model: LlamaForCausalLM, prompt: int, batch: int, steps: int) -> dict[str, Any]:
     """Seconds of the prefill and of one decode step, issued by the host and, where it can be, as a CUDA graph.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
     """Prefill and decode, a line a model, form, prompt and batch."""
     if not rows:
         return NOT_MEASURED
-    headers = ["model", "form", "prompt", "batch", "prefill, ms", "decode, ms a token", "tokens/s", "weights", "peak"]
+    headers = ["model", "form", "prompt", "batch", "prefill, ms", "decode step, ms", "issued by the host, ms"]
+    headers += ["tokens/s", "weights", "peak"]
     lines = [
         [
             row["model"],
@@ -74,6 +76,7 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
             str(row["batch"]),
             f"{1e3 * row['prefill_seconds']:.1f}",
             f"{1e3 * row['decode_seconds']:.2f}{_host(row)}",
+            f"{1e3 * row['eager_decode_seconds']:.1f}",
             f"{row['tokens_per_second']:.1f}",
             human_bytes(row["weight_bytes"]),
             human_bytes(row["peak_memory_bytes"]),
@@ -81,6 +84,33 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     return table(headers, lines, markdown=True)
+
+
+def pruning_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds of a block, the first apart (it compiles kernels), and what all blocks would take at the others' rate."""
+    if not rows:
+        return NOT_MEASURED
+    found: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["method"], row["pattern"], row["of_blocks"]), []).append(row)
+    lines = []
+    for (model, method, pattern, blocks), measured in found.items():
+        later = statistics.median(row["seconds"] for row in measured[1:] or measured)
+        lines.append(
+            [
+                model,
+                method,
+                pattern,
+                " × ".join(str(size) for size in measured[0]["samples"]),
+                f"{measured[0]['seconds']:.1f}",
+                f"{later:.1f}",
+                f"{(measured[0]['seconds'] + (blocks - 1) * later) / 60:.1f}",
+                human_bytes(max(row["peak_memory_bytes"] for row in measured)),
+            ]
+        )
+    headers = ["model's shapes", "method", "pattern", "tokens", "first block, s", "a block, s", "all blocks, min"]
+    note = f"{len(rows) // len(found)} blocks of each were pruned; all blocks: calculated from these."
+    return table([*headers, "peak"], lines, markdown=True) + "\n\n" + note
 
 
 def plain_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -113,7 +143,11 @@ def page(report: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     sections = report["sections"]
     parts = [f"# Measured on {report['machine']['gpu']}", conditions(report["machine"])]
-    shown = {"micro": ("Linears, µs and × dense", micro_table), "generation": ("Models", model_table)}
+    shown = {
+        "micro": ("Linears, µs and × dense", micro_table),
+        "pruning": ("Pruning", pruning_table),
+        "generation": ("Models", model_table),
+    }
     for name, section in sections.items():
         title, make = shown.get(name, (name.capitalize(), plain_table))
         parts += [f"## {title}", make(section["rows"])]
@@ -141,11 +175,42 @@ def plots(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     return drawn
 
 
+SHOWN_TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
+
+
+def best_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a weight: for each number of tokens the fastest sparse backend, times dense."""
+    if not rows:
+        return NOT_MEASURED
+    best: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["backend"] == "dense":
+            continue
+        line = best.setdefault((row["name"], tuple(row["shape"]), row["pattern"], row["density"]), {})
+        known = line.get(row["tokens"])
+        if known is None or row["us"] < known["us"]:
+            line[row["tokens"]] = row
+    lines = []
+    for (name, shape, pattern, density), line in best.items():
+        kind = pattern if pattern == "2:4" else f"{density} % kept"
+        cells = [_best_cell(line.get(tokens)) for tokens in SHOWN_TOKENS]
+        lines.append([f"{name}, {shape[0]} × {shape[1]}", kind, *cells])
+    return table(["weight", "pattern", *(f"M = {tokens}" for tokens in SHOWN_TOKENS)], lines, markdown=True)
+
+
+def _best_cell(row: dict[str, Any] | None) -> str | None:
+    return None if row is None else f"{row['times_dense']:.2f}× {row['backend']}{_host(row)}"
+
+
+README_WEIGHTS = ("LLaMA-3-8B gate/up", "LLaMA q/k/v/o")
+
+
 def readme_table() -> str:
-    """The models and the most important linears of the committed run, or that there is none."""
+    """The models, the pruning and the most important linears of the committed run, or that there is none."""
     if not RESULTS.exists():
         return NOT_MEASURED
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    micro = [row for row in report["sections"].get("micro", {"rows": []})["rows"] if row["tokens"] in (1, 8, 16, 4096)]
-    models = report["sections"].get("generation", {"rows": []})["rows"]
-    return "\n\n".join([micro_table(micro), model_table(models), conditions(report["machine"])])
+    rows = {name: section["rows"] for name, section in report["sections"].items()}
+    micro = [row for row in rows.get("micro", []) if row["name"] in README_WEIGHTS]
+    tables = [best_table(micro), model_table(rows.get("generation", [])), pruning_table(rows.get("pruning", []))]
+    return "\n\n".join([*tables, conditions(report["machine"])])

@@ -42,7 +42,7 @@ def summary(samples: Sequence[float], graph: bool) -> Timing:
     return Timing(middle, low, high, graph)
 
 
-def time_calls(calls: Sequence[Callable[[], object]], seconds: float = 0.1) -> Timing:
+def time_calls(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> Timing:
     """Time one call of ``calls``, which do the same on different copies, for about ``seconds``."""
     repeated = list(calls) * -(-CALLS // len(calls))
     stream = torch.cuda.Stream()

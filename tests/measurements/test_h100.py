@@ -207,7 +207,7 @@ def test_gpu_backends_have_no_cpu_among_them():
 
 
 def report() -> dict:
-    case = cases.Case("LLaMA q", (4096, 4096), "2:4", 50)
+    case = cases.Case("LLaMA q/k/v/o", (4096, 4096), "2:4", 50)
     dense, ours = Timing(12.0, 11.0, 13.0, True), Timing(8.0, 7.0, 9.0, True)
     rows = [
         row(case, 1, "dense", dense, None, 2 * 4096 * 4096, 3e12),
@@ -223,16 +223,23 @@ def report() -> dict:
         "weight_bytes": 8_000_000_000,
         "prefill_seconds": 0.025,
         "decode_seconds": 0.005,
+        "eager_decode_seconds": 0.0222,
         "tokens_per_second": 200.0,
         "graph": True,
         "peak_memory_bytes": 9_000_000_000,
     }
     left_out = [{"what": "rest", "why": "no time was left"}]
+    pruning = [
+        {"model": "LLaMA-7B", "method": "wanda++", "pattern": "2:4", "block": f"layers.{i}", "of_blocks": 32}
+        | {"seconds": seconds, "peak_memory_bytes": 2**30, "samples": [128, 2048]}
+        for i, seconds in enumerate((29.0, 5.0, 7.0))
+    ]
     return {
         "machine": {"gpu": "Fake H100", "bandwidth": 3e12, "cache_multiple": 3, "versions": {"torch": "2.11"}},
         "sections": {
             "micro": {"rows": rows, "left_out": left_out, "seconds": 1.0},
             "scoring": {"rows": [{"kernel": "score", "us": 12.3456}], "left_out": [], "seconds": 1.0},
+            "pruning": {"rows": pruning, "left_out": [], "seconds": 1.0},
             "generation": {"rows": [generation], "left_out": [], "seconds": 1.0},
         },
     }
@@ -254,6 +261,29 @@ def test_losing_rows_stay_and_what_is_missing_is_a_dash():
     assert "12.0 (93%)" in text
 
 
+def test_all_blocks_are_calculated_from_those_after_the_first():
+    text = tables.pruning_table(report()["sections"]["pruning"]["rows"])
+    assert f"{(29 + 31 * 6) / 60:.1f}" in text
+    assert "3 blocks of each were pruned; all blocks: calculated" in text
+    assert "128 × 2048" in text
+
+
+def test_the_fastest_sparse_backend_stands_for_a_number_of_tokens():
+    text = tables.best_table(report()["sections"]["micro"]["rows"])
+    assert "1.50× cuda-nm" in text
+    assert "cusparselt" not in text
+    assert tables.best_table([]) == "not measured yet"
+
+
+def test_decompressing_is_measured_with_many_tokens_only():
+    backend = next(each for each in cases.gpu_backends("nm_linear") if each.name == "decompress-nm-mma")
+    case = cases.weights()[0]
+    assert "32" in (cases.refusal(backend, cases.problem(case, 16)) or "")
+    assert cases.refusal(backend, cases.problem(case, 32)) is None
+    assert cases.refused_always(backend, case, (1, 8)) is not None
+    assert cases.refused_always(backend, case, (1, 64)) is None
+
+
 def test_page_plots_and_files(tmp_path):
     command.write(tmp_path, report())
     assert json.loads((tmp_path / "results.json").read_text()) == report()
@@ -261,6 +291,7 @@ def test_page_plots_and_files(tmp_path):
     assert "Fake H100" in page
     assert "- rest: no time was left" in page
     assert "| LLaMA-7B | 2:4" in page
+    assert "22.2" in page
     plot = (tmp_path / "4096x4096-2of4-50pct.svg").read_text()
     assert plot.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert "cusparselt-nm" in plot
