@@ -85,6 +85,9 @@ class BlockPruner:
         self.found = Masks()
         self.extra: list[str] = []
         self.loss: float | None = None
+        # The dense block's outputs of the first samples, as the first pass leaves them.
+        self._first_outputs: list[torch.Tensor] = []
+        self._first_pass = True
 
     def prune(self, target: Stream | None) -> None:
         """Prune the working copy in place.
@@ -153,8 +156,11 @@ class BlockPruner:
                 else:
                     output = self._forward(hidden, chosen)
                 recorder.end_batch(len(chosen))
+                if self._first_pass and len(self._first_outputs) * len(chosen) < self._batch:
+                    self._first_outputs.append(output.detach())
                 if outputs is not None:
                     outputs.put(chosen, output)
+        self._first_pass = False
         if accumulator is not None:
             self._gradients = accumulator.root_mean_square()
         for name, statistics in recorder.statistics.items():
@@ -250,6 +256,12 @@ class BlockPruner:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: linear.get_parameter("weight") for name, linear in self._linears.items()}
+
+    def output_error(self, outputs: Callable[[range], torch.Tensor]) -> float:
+        """``‖Y' − Y‖ / ‖Y‖`` of the block, Y its dense outputs on the first samples and Y' = ``outputs(samples)``."""
+        dense = torch.cat(self._first_outputs)
+        difference = outputs(range(len(dense))) - dense
+        return float(difference.norm() / dense.norm().clamp_min(1e-30))
 
     def layer_reports(self) -> list[LayerReport]:
         """One report per Linear, from the weights the working copy holds now."""

@@ -139,10 +139,8 @@ class _Walk:
             alone = zip(hidden.split(1), samples, strict=True)
             return torch.cat([workspace.run(one, *self._calls.arguments(index, sample)) for one, sample in alone])
 
-        first = next(batches(len(self._pruned), self._batch))
-        with torch.no_grad():
-            reference = forward(self._pruned.batch(first), first)
-            if self._dense is not None:
+        if self._dense is not None:
+            with torch.no_grad():
                 self._advance(self._dense, forward, name)
         pruner = BlockPruner(
             workspace,
@@ -162,11 +160,10 @@ class _Walk:
         layers = pruner.layer_reports() if linears else []
         with torch.no_grad():
             self._advance(self._pruned, forward, name)
-        difference = self._pruned.batch(first) - reference
         peak = max([self._memory.lap(), *(layer.peak_memory_bytes for layer in layers)])
         return BlockReport(
             name=name,
-            output_error=float(difference.norm() / reference.norm().clamp_min(1e-30)),
+            output_error=pruner.output_error(self._pruned.batch) if linears else 0.0,
             loss=pruner.loss,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=peak,
