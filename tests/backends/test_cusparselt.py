@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from fake_cusparselt import DIES, FOUND, FULL, HANGS, PRINTS, RAISES, WRONG, Fak
 from wandapp_kernels import dispatch
 from wandapp_kernels.backends import cusparselt, cusparselt_algorithms, cusparselt_products, cusparselt_search
 from wandapp_kernels.backends.base import Problem, UnusableError, epoch
-from wandapp_kernels.backends.child import Child, module_command
+from wandapp_kernels.backends.child import Child
 from wandapp_kernels.backends.cusparselt import CuSparseLtBackend, CuSparseLtLayout, CutlassBackend, CutlassLayout
 from wandapp_kernels.backends.cusparselt_algorithms import Algorithms, algorithms
-from wandapp_kernels.backends.cusparselt_products import DEFAULT, Algorithm, pad_tokens
+from wandapp_kernels.backends.cusparselt_products import DEFAULT, pad_tokens
 from wandapp_kernels.errors import KernelError, UsageError
 from wandapp_kernels.ops.nm_linear import nm_linear
 from wandapp_kernels.sparsity.nm_weight import NMWeight
@@ -139,13 +138,6 @@ def test_an_algorithm_that_splits_nothing_is_called_by_its_number(here, library,
     monkeypatch.setattr(torch._C._cusparselt, "mm_search", lambda *given: (4, 1, 0, 40))
     run(64, 64)
     assert library.algorithms[-1] == (4,)
-
-
-def test_the_older_search_serves_where_the_newer_is_missing(library, monkeypatch):
-    monkeypatch.delattr(torch._C, "_cusparselt", raising=False)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda blob, x, bias=None, transpose_result=False: 9)
-    held = torch.ones(16, 16, dtype=BF16)
-    assert cusparselt_search.search(held, held, None) == Algorithm(9)
 
 
 def test_both_ends_of_the_bucket_are_tried(here, monkeypatch):
@@ -294,38 +286,6 @@ def test_a_library_that_fails_at_run_time_is_a_reason(here, library, gpu, monkey
     assert "without cuSPARSELt" in CuSparseLtBackend().supports(PROBLEM)
 
 
-@pytest.mark.parametrize("job", ["search", "default", "cutlass"])
-@pytest.mark.parametrize("wrong", ["nan", "one element", "bias"])
-def test_a_wrong_product_is_never_answered(here, library, job, wrong, monkeypatch):
-    def spoil(linear):
-        def spoilt(*given):
-            out = linear(*given).clone()
-            if wrong != "bias":
-                out[-1, -1] = float("nan") if wrong == "nan" else out[-1, -1] + 0.2
-            return out if wrong != "bias" or given[-1 if job == "cutlass" else 2] is None else out + 0.2
-
-        return spoilt
-
-    name = "cutlass_linear" if job == "cutlass" else "cusparselt_linear"
-    monkeypatch.setattr(cusparselt_search, name, spoil(getattr(cusparselt_products, name)))
-    question = {
-        "job": job,
-        "device": "cpu",
-        "dtype": "bfloat16",
-        "rows": 64,
-        "columns": 128,
-        "tokens": 64,
-        "bias": True,
-    }
-    found = cusparselt_search.answer(question)
-    assert "not the dense one" in found["reason"] and found["ends"]
-
-
-def test_the_random_weight_is_two_of_four_in_every_place():
-    kept = cusparselt_search.random_weight(64, 256, torch.float16, "cpu").view(-1, 4) != 0
-    assert bool((kept.sum(1) == 2).all()) and len(kept.unique(dim=0)) == 6
-
-
 @pytest.fixture
 def process(library, monkeypatch) -> Iterator[Child]:
     """A real process with the fake library, which leaves when nobody has asked for a second."""
@@ -375,14 +335,6 @@ def test_a_process_that_nobody_asks_ends(process):
     process.ask(question(16))
     assert process._process.wait(30) == 0
     assert process.ask(question(16))["algorithm"] == list(FOUND)
-
-
-def test_the_module_answers_as_a_program():
-    asked = json.dumps({**question(16), "job": "cutlass"}) + "\n"
-    command = module_command("wandapp_kernels.backends.cusparselt_search")
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
-    # There is no such library for a CPU: that is the answer.
-    assert json.loads(done.stdout)["lasting"] and done.stdout.count("\n") == 1
 
 
 def test_layouts_refuse_what_they_cannot_hold(monkeypatch):
