@@ -26,6 +26,7 @@ from wandapp_kernels.backends import (
     Call,
     DecompressBackend,
     Problem,
+    UnusableError,
     backends_of,
     choices_changed,
     density_bucket,
@@ -300,7 +301,11 @@ def run(
     backend = _memo.get(key)
     if backend is None:
         backend = _memo[key] = _decide(x, tensors, out_features, in_features, pattern, layout)
-    return backend.run(x, tensors, bias, (out_features, in_features), parse_pattern(pattern))
+    try:
+        return backend.run(x, tensors, bias, (out_features, in_features), parse_pattern(pattern))
+    except UnusableError:
+        _memo.pop(key, None)
+        return DecompressBackend(layout).run(x, tensors, bias, (out_features, in_features), parse_pattern(pattern))
 
 
 def _decide(

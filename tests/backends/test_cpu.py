@@ -147,7 +147,9 @@ def test_nan_and_infinity_behave_as_in_a_dense_linear(backend, value: float):
 
 
 def test_other_strides_are_copied():
-    for layout in LAYOUT_NAMES[2:]:
+    layouts = [layout for layout in LAYOUT_NAMES[1:] if compiled.has_kernel(layout)]
+    assert "bitmap" in layouts and len(layouts) == 2
+    for layout in layouts:
         case = make_case(layout, torch.bfloat16, 3, 20, 70)
         wide = torch.randn(3, 140).to(torch.bfloat16)
         wide[:, ::2] = case.x

@@ -10,9 +10,10 @@ import torch
 from emulator import Emulator, Launch
 from torch.nn import functional
 
-from wandapp_kernels.backends.cuda import bitmap, launcher, nm, nm_packing
+from wandapp_kernels.backends.cuda import bitmap, bitmap_packing, launcher, nm, nm_packing
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
+from wandapp_kernels.errors import KernelError, SparsityError
 from wandapp_kernels.sparsity import mask_from_scores
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.nm_weight import NMWeight
@@ -20,7 +21,7 @@ from wandapp_kernels.sparsity.pattern import Pattern
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().contiguous().view(kind).numpy()
 
 
@@ -42,7 +43,7 @@ def gpu(emulator: Emulator, monkeypatch):
         for array, result in zip([each for each in passed if isinstance(each, np.ndarray)], results, strict=True):
             array[...] = result
 
-    for module in (bitmap, nm, nm_packing):
+    for module in (bitmap, bitmap_packing, nm, nm_packing):
         monkeypatch.setattr(module, "launch", launch)
     for module in (bitmap, nm):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 8)
@@ -86,6 +87,46 @@ def test_packing_2_of_4(gpu, rows, columns, monkeypatch):
     assert torch.equal(back.values, compressed.values)
     assert torch.equal(back.indices, compressed.indices)
     assert torch.equal(layout.decompress(tensors, (rows, columns), compressed.pattern), weight)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4), (70, 130), (40, 300), (0, 16), (16, 0)])
+def test_packing_unstructured(gpu, rows, columns, monkeypatch):
+    layout, weight = BitmapMmaLayout(), torch.randn(rows, columns).half()
+    compressed = BitmapWeight.compress(weight, torch.rand(rows, columns) < 0.4)
+    if rows and columns:
+        compressed.values[0] = -0.0
+    in_torch = layout.pack(compressed)
+    monkeypatch.setattr(launcher, "why_not", lambda device, dtype: None)
+    tensors = layout.pack(compressed)
+    for made, expected in zip(tensors, in_torch, strict=True):
+        assert made.dtype == expected.dtype and made.shape == expected.shape and made.is_contiguous()
+        assert np.array_equal(as_array(made), as_array(expected))
+    back = layout.unpack(tensors, (rows, columns), None)
+    assert np.array_equal(as_array(back.values), as_array(compressed.values))
+    assert torch.equal(back.bitmap, compressed.bitmap) and torch.equal(back.row_offsets, compressed.row_offsets)
+    back.validate()
+
+
+def test_packing_refuses_unstructured_weights_that_do_not_fit(gpu, monkeypatch):
+    layout = BitmapMmaLayout()
+    weight = BitmapWeight.compress(torch.randn(20, 140).half(), torch.rand(20, 140) < 0.5)
+    monkeypatch.setattr(launcher, "why_not", lambda device, dtype: None)
+    values, words, offsets = layout.pack(weight)
+    more = BitmapWeight(weight.values, weight.bitmap | 1, weight.row_offsets, weight.shape)
+    with pytest.raises(SparsityError, match="the bitmap keeps"):
+        layout.pack(more)
+    with pytest.raises(SparsityError, match="bitmap has shape"):
+        layout.pack(BitmapWeight(weight.values, weight.bitmap[:, 1:], weight.row_offsets, weight.shape))
+    wrong = offsets.clone()
+    wrong[1] += 1
+    for tensors, words_ in (
+        ([values, words[1:], offsets], "bitmap is torch.int32"),
+        ([values, words, offsets.long()], "offsets is torch.int64"),
+        ([values, words, wrong], "do not fit together"),
+        ([values[:-1], words, offsets], "do not fit together"),
+    ):
+        with pytest.raises(KernelError, match=words_):
+            layout.unpack(tensors, (20, 140), None)
 
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 70, 512), (9, 64, 200)])

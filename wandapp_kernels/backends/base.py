@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wandapp_kernels.errors import UsageError
+from wandapp_kernels.errors import KernelError, UsageError
 from wandapp_kernels.sparsity.pattern import Pattern
 
 UNSTRUCTURED = "unstructured"
@@ -58,6 +58,13 @@ def token_bucket(tokens: int) -> int:
 def density_bucket(density: float) -> int:
     """``density`` in per cent to the nearest 10, at least 10 and at most 100."""
     return min(max(round(density * 10) * 10, 10), 100)
+
+
+class UnusableError(KernelError):
+    """A backend found out at the first call that it cannot run a problem that it had said it takes.
+
+    From then on :meth:`Backend.supports` says so; until the choice is made again, the weight is decompressed.
+    """
 
 
 class Backend(ABC):

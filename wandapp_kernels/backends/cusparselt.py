@@ -2,36 +2,36 @@
 
 Both take a multiple of 8 tokens, so tokens are padded, and weights whose rows and columns are multiples of (16, 16) and
 (32, 64). cuSPARSELt's default algorithm can be several times slower than its best: the best one is searched once per
-shape and bucket of tokens, and kept in ``cache_dir()/dispatch``.
+shape and bucket of tokens. Searching and trying out happen in a process of their own (``cusparselt_search``): on some
+problems they end it. What came out is kept in ``cache_dir()/dispatch``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
 import torch
-from filelock import FileLock
-from torch.nn import functional
 
-from wandapp_kernels.backends.base import Backend, Problem, register_backend, token_bucket
-from wandapp_kernels.cache import cache_dir
-from wandapp_kernels.checkpoint.atomic import write_text_atomic
-from wandapp_kernels.errors import CheckpointError, UsageError
+from wandapp_kernels.backends.base import Backend, Call, Held, Problem, UnusableError, register_backend
+from wandapp_kernels.backends.cusparselt_algorithms import algorithms
+from wandapp_kernels.backends.cusparselt_products import (
+    TOKEN_MULTIPLE,
+    Algorithm,
+    cusparselt_decompress,
+    cusparselt_linear,
+    cutlass_linear,
+    pad_tokens,
+)
+from wandapp_kernels.backends.dense import DecompressBackend
+from wandapp_kernels.errors import KernelError, UsageError
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout, register_layout
 from wandapp_kernels.sparsity.nm_weight import NMWeight
 from wandapp_kernels.sparsity.pattern import Pattern
-from wandapp_kernels.tuning.device import fingerprint
 
 DTYPES = (torch.float16, torch.bfloat16)
-TOKEN_MULTIPLE = 8
 # Below this no published measurement has either of them ahead of the dense product.
 LEAST_TOKENS = 64
-_TILE = 1024  # columns that come back at once from cuSPARSELt's layout
 
 
 class _SemiStructuredLayout(Layout):
@@ -78,11 +78,16 @@ class CuSparseLtLayout(_SemiStructuredLayout):
     def decompress(
         self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None
     ) -> torch.Tensor:
-        """``W I``, a slice of columns at a time: exact, since every sum has one non-zero term."""
+        """Exact: every sum of the product with the identity has one non-zero term.
+
+        Raises:
+            KernelError: the default algorithm, which does it, fails on this GPU.
+        """
         (blob,) = tensors
-        identity = torch.eye(shape[1], dtype=blob.dtype, device=blob.device)
-        pieces = [torch._cslt_sparse_mm(blob, piece.contiguous()) for piece in identity.split(_TILE, dim=1)]
-        return torch.cat(pieces, dim=1)
+        tried = algorithms(str(blob.device)).default(blob.dtype)
+        if isinstance(tried, str):
+            raise KernelError(f"a weight cannot be had back from layout {self.name!r}: {tried}")
+        return cusparselt_decompress(blob, shape[1])
 
 
 class CutlassLayout(_SemiStructuredLayout):
@@ -104,17 +109,11 @@ class CutlassLayout(_SemiStructuredLayout):
         return sparse_semi_structured_to_dense_cutlass(*tensors)
 
 
-def pad_tokens(x: torch.Tensor) -> torch.Tensor:
-    """``x [M, K]`` with zero rows added, so that M is a multiple of 8."""
-    missing = -x.shape[0] % TOKEN_MULTIPLE
-    return functional.pad(x, (0, 0, 0, missing)) if missing else x
-
-
 class _SemiStructuredBackend(Backend):
     """Reasons both backends share. Chosen after a measurement only."""
 
     default_tokens = 0
-    layout_class: type[_SemiStructuredLayout]
+    multiples: tuple[int, int]
 
     def supports(self, problem: Problem) -> str | None:
         if problem.pattern != "2:4":
@@ -123,12 +122,25 @@ class _SemiStructuredBackend(Backend):
             return f"it computes in float16 and bfloat16, not {problem.dtype}"
         if problem.tokens < LEAST_TOKENS:
             return f"it pads to {TOKEN_MULTIPLE} tokens and is not worth trying below {LEAST_TOKENS}"
+        if (reason := shape_refusal((problem.out_features, problem.in_features), self.multiples)) is not None:
+            return reason
         if problem.device_type != "cuda" or torch.version.cuda is None:
             return "it needs an NVIDIA GPU and a torch built for CUDA"
         if not torch.cuda.is_available():
             return "this torch sees no GPU"
-        reason = shape_refusal((problem.out_features, problem.in_features), self.layout_class.multiples)
-        return reason or _probe(self.name, problem.device, problem.dtype)
+        try:
+            capability = torch.cuda.get_device_capability(problem.device)
+            return self._capability_refusal(capability) or self._tried(problem)
+        except Exception as error:
+            return f"this GPU cannot be asked: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+    @abstractmethod
+    def _capability_refusal(self, capability: tuple[int, int]) -> str | None:
+        """Why GPUs of this compute capability are left out without trying."""
+
+    @abstractmethod
+    def _tried(self, problem: Problem) -> str | None:
+        """Why it does not work, found out in another process if it is not known yet."""
 
 
 class CuSparseLtBackend(_SemiStructuredBackend):
@@ -136,12 +148,24 @@ class CuSparseLtBackend(_SemiStructuredBackend):
 
     name = "cusparselt-nm"
     layout = CuSparseLtLayout.name
-    layout_class = CuSparseLtLayout
+    multiples = CuSparseLtLayout.multiples
 
     def supports(self, problem: Problem) -> str | None:
         if not torch.backends.cusparselt.is_available():
             return "this torch is built without cuSPARSELt"
         return super().supports(problem)
+
+    def _capability_refusal(self, capability: tuple[int, int]) -> str | None:
+        if capability < (8, 0):
+            return f"sparse tensor cores begin with compute capability 8.0, and this GPU has {_dotted(capability)}"
+        return None
+
+    def _tried(self, problem: Problem) -> str | None:
+        known = algorithms(problem.device)
+        shape = (problem.out_features, problem.in_features)
+        found = [known.default(problem.dtype)]
+        found += [known.known(shape, problem.tokens, problem.dtype, bias) or found[0] for bias in (False, True)]
+        return next((f"it fails on this GPU: {one}" for one in found if isinstance(one, str)), None)
 
     def run(
         self,
@@ -151,11 +175,44 @@ class CuSparseLtBackend(_SemiStructuredBackend):
         shape: tuple[int, int],
         pattern: Pattern | None,
     ) -> torch.Tensor:
-        tokens = x.shape[0]
-        x = pad_tokens(x)
-        algorithm = algorithms(str(x.device)).best(tensors[0], x, bias, shape)
-        out = torch._cslt_sparse_mm(tensors[0], x.t(), bias=bias, transpose_result=True, alg_id=algorithm)
-        return out[:tokens]
+        """See Backend. The first call of a problem searches, which takes seconds.
+
+        Raises:
+            UnusableError: there is no algorithm for the problem.
+        """
+        algorithm = _algorithm(x, bias is not None, shape)
+        return cusparselt_linear(tensors[0], pad_tokens(x), bias, algorithm)[: x.shape[0]]
+
+    def bind(
+        self,
+        tensors: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int],
+        pattern: Pattern | None,
+    ) -> Call:
+        return _SearchedCall(self, shape, pattern)
+
+
+class _SearchedCall(Call):
+    """A layer's call: a problem that proves unusable at its first call is decompressed instead."""
+
+    def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
+        try:
+            return super().__call__(x, held)
+        except UnusableError:
+            return Call(DecompressBackend(self.backend.layout), self._shape, self._pattern)(x, held)
+
+
+def _algorithm(x: torch.Tensor, bias: bool, shape: tuple[int, int]) -> Algorithm:
+    known = algorithms(str(x.device))
+    found = known.known(shape, x.shape[0], x.dtype, bias)
+    if found is None and torch.cuda.is_current_stream_capturing():
+        found = known.known_default(x.dtype) or "nothing is searched in a capture: call the layer once before it"
+    elif found is None:
+        found = known.search(shape, x.shape[0], x.dtype, bias)
+    if isinstance(found, str):
+        raise UnusableError(f"cuSPARSELt cannot run {x.shape[0]} tokens of {shape[0]}x{shape[1]} {x.dtype}: {found}")
+    return found
 
 
 class CutlassBackend(_SemiStructuredBackend):
@@ -163,7 +220,16 @@ class CutlassBackend(_SemiStructuredBackend):
 
     name = "cutlass-nm"
     layout = CutlassLayout.name
-    layout_class = CutlassLayout
+    multiples = CutlassLayout.multiples
+
+    def _capability_refusal(self, capability: tuple[int, int]) -> str | None:
+        if capability[0] != 8:
+            return f"torch's CUTLASS kernels run on compute capability 8.x, and this GPU has {_dotted(capability)}"
+        return None
+
+    def _tried(self, problem: Problem) -> str | None:
+        found = algorithms(problem.device).cutlass(problem.dtype)
+        return f"it fails on this GPU: {found}" if isinstance(found, str) else None
 
     def run(
         self,
@@ -173,80 +239,12 @@ class CutlassBackend(_SemiStructuredBackend):
         shape: tuple[int, int],
         pattern: Pattern | None,
     ) -> torch.Tensor:
-        columns = pad_tokens(x).t()
-        if bias is None:
-            out = torch._sparse_semi_structured_mm(tensors[0], tensors[1], columns)
-        else:
-            out = torch._sparse_semi_structured_addmm(bias, tensors[0], tensors[1], columns)
-        return out.t()[: x.shape[0]].contiguous()
+        values, metadata = tensors
+        return cutlass_linear(values, metadata, pad_tokens(x), bias)[: x.shape[0]].contiguous()
 
 
-@lru_cache(maxsize=64)
-def _probe(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a small product fails on ``device`` (the libraries refuse some GPUs and torch versions at run time)."""
-    backend = {CuSparseLtBackend.name: CuSparseLtBackend, CutlassBackend.name: CutlassBackend}[name]()
-    try:
-        dense = torch.zeros(64, 64, dtype=dtype, device=device)
-        weight = NMWeight.compress(dense, pattern="2:4")
-        tensors = backend.layout_class().pack(weight)
-        backend.run(torch.zeros(8, 64, dtype=dtype, device=device), tensors, None, (64, 64), None)
-    except Exception as error:
-        return f"it fails on this GPU: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return None
-
-
-class Algorithms:
-    """cuSPARSELt's best algorithm for each shape, searched once and kept in a JSON file.
-
-    ``cache_dir()/dispatch/cusparselt-DIGEST.json``::
-
-        {"format": 1, "fingerprint": {"device": …, …}, "algorithms": {"4096x14336 m64 bfloat16 bias": 3}}
-    """
-
-    FORMAT = 1
-
-    def __init__(self, device: str):
-        self.fingerprint = {**fingerprint(device), "cusparselt": str(torch.backends.cusparselt.version())}
-        digest = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = cache_dir() / "dispatch" / f"cusparselt-{digest}.json"
-        self._known = self._read()
-
-    def best(self, blob: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int]) -> int:
-        """The algorithm for ``x [M, K]``, searched now if it is not known; while a graph is captured, the default."""
-        kind = str(x.dtype).removeprefix("torch.")
-        name = f"{shape[0]}x{shape[1]} m{token_bucket(x.shape[0])} {kind}{'' if bias is None else ' bias'}"
-        if name not in self._known:
-            if torch.cuda.is_current_stream_capturing():
-                return 0
-            self._known[name] = int(torch._cslt_sparse_mm_search(blob, x.t(), bias=bias, transpose_result=True))
-            self._write()
-        return self._known[name]
-
-    def _read(self) -> dict[str, int]:
-        try:
-            content = json.loads(self.path.read_text("utf-8"))
-            if content["format"] != self.FORMAT or content["fingerprint"] != self.fingerprint:
-                return {}
-            return {str(name): int(algorithm) for name, algorithm in content["algorithms"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-
-    def _write(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock"):
-                self._known = self._read() | self._known
-                content: dict[str, Any] = {"format": self.FORMAT, "fingerprint": self.fingerprint}
-                content["algorithms"] = dict(sorted(self._known.items()))
-                write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
-        except (OSError, CheckpointError) as error:
-            warnings.warn(f"cuSPARSELt's algorithms cannot be kept in {self.path}: {error}", stacklevel=3)
-
-
-@lru_cache(maxsize=16)
-def algorithms(device: str) -> Algorithms:
-    """What is known of cuSPARSELt's algorithms on ``device``."""
-    return Algorithms(device)
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 register_layout(CuSparseLtLayout())

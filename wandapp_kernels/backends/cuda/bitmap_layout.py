@@ -12,6 +12,7 @@ in units of 16 bytes). Bytes at 16 bit and density d: 2·d + 1/8 a weight, and a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -67,7 +68,10 @@ def _kept(words: torch.Tensor) -> torch.Tensor:
 
 
 class BitmapMmaLayout(Layout):
-    """Bitmap and values in the fragment order of ``mma.m16n8k16`` (see the module)."""
+    """Bitmap and values in the fragment order of ``mma.m16n8k16`` (see the module).
+
+    Each of the three methods runs CUDA kernels on a GPU that can run them, and torch elsewhere: the same bits.
+    """
 
     name = "bitmap-mma"
     operator = "bitmap_linear"
@@ -88,6 +92,8 @@ class BitmapMmaLayout(Layout):
         # Here, where every weight comes in: kernels follow the offsets, and a launch must not wait to look at them.
         if (last := int(weight.row_offsets[-1])) != len(weight.values):
             raise SparsityError(f"row_offsets ends at {last}, but there are {len(weight.values)} values")
+        if (kernels := _kernels(weight.values)) is not None:
+            return kernels.pack(weight)
         bits = as_bits(weight.values, "values")
         rows, columns = weight.shape
         words, counts, kept_values = [], [], []
@@ -111,6 +117,8 @@ class BitmapMmaLayout(Layout):
         return [values.view(weight.values.dtype), torch.cat(words), offsets.int()]
 
     def unpack(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None) -> BitmapWeight:
+        if (kernels := _kernels(tensors[0])) is not None:
+            return kernels.unpack(tensors, shape)
         values, words, offsets = tensors
         slabs, panels = panel_counts(shape)
         if words.shape != (slabs * panels, 32, 2) or offsets.shape != (slabs * panels + 1,):
@@ -123,7 +131,7 @@ class BitmapMmaLayout(Layout):
     def decompress(
         self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None
     ) -> torch.Tensor:
-        """The dense weight ``[R, C]``: by the CUDA kernel on a GPU that has it, else in torch."""
+        """The dense weight ``[R, C]``, +0.0 where nothing is kept."""
         from wandapp_kernels.backends.cuda.bitmap import decompress, why_not
 
         if why_not(tensors[0].device, tensors[0].dtype) is None:
@@ -140,6 +148,13 @@ class BitmapMmaLayout(Layout):
         ordered = torch.zeros(kept.shape, dtype=torch.int16, device=kept.device)
         ordered.masked_scatter_(kept, values.view(torch.int16)[_places(kept.sum(1), offsets.long())])
         return from_panels(ordered, shape).view(values.dtype), from_panels(kept, shape)
+
+
+def _kernels(values: torch.Tensor) -> ModuleType | None:
+    """Packing by kernels, where ``values`` are on a GPU that they can run on."""
+    from wandapp_kernels.backends.cuda import bitmap_packing, launcher
+
+    return bitmap_packing if launcher.why_not(values.device, values.dtype) is None else None
 
 
 def _slab_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
