@@ -1,5 +1,7 @@
-// Bitmap weights with AVX-512: a byte of the mask selects a byte shuffle that spreads the next kept values over 8
-// columns, a quarter of a vector. (Cheaper than vpexpandw where that is slow, and it needs no VBMI2.)
+// Bitmap weights with AVX-512: the mask spreads the next kept values over a vector of columns.
+//
+// WANDAPP_EXPAND_WORDS: 1 to do that with vpexpandw, which needs VBMI2 and takes 2 cycles on Intel but 8 on AMD's Zen 5.
+// 0: a byte of the mask selects a byte shuffle for 8 columns, a quarter of a vector.
 #pragma once
 
 #include "avx512_dense.h"
@@ -7,6 +9,14 @@
 namespace wandapp {
 namespace {
 
+// expand(p, mask): one vector of columns from the kept values at p. Reads a vector of values at most, however many are
+// kept. (Always inline: GCC would otherwise call it once for each of 13 uses.)
+#if WANDAPP_EXPAND_WORDS
+template <class T>
+[[gnu::always_inline]] inline Words expand(const T* p, uint32_t mask) {
+  return expand_words(mask, load_words(p));
+}
+#else
 struct ShuffleTable {
   alignas(64) uint8_t control[256][16];
   constexpr ShuffleTable() : control() {
@@ -23,9 +33,8 @@ struct ShuffleTable {
 };
 constexpr ShuffleTable kShuffles{};
 
-// One vector of columns from the kept values at p. Reads 32 values at most, however many are kept. Where each quarter
-// starts comes from a prefix of the mask, not from the quarter before: the quarters do not wait for each other.
-// (Out of line, the caller's pointer would go through memory at every vector.)
+// Where each quarter starts comes from a prefix of the mask, not from the quarter before: they do not wait for each
+// other.
 template <class T>
 [[gnu::always_inline]] inline Words expand(const T* p, uint32_t mask) {
   const auto values = [p](uint32_t earlier) { return p + __builtin_popcount(earlier); };
@@ -34,6 +43,7 @@ template <class T>
   return shuffle_bytes(load_quarters(p, values(mask << 24), values(mask << 16), values(mask << 8)),
                        load_quarters(control(mask << 4), control(mask >> 4), control(mask >> 12), control(mask >> 20)));
 }
+#endif
 [[gnu::always_inline]] inline Floats expand(const float* p, uint32_t mask) {
   return expand_floats(mask, load_floats(p));
 }
@@ -44,10 +54,10 @@ uint32_t load_mask(const uint8_t* bitmap, int64_t bytes) {
   return mask;
 }
 
-// The row's values with at least 16 readable ones after the last.
+// The row's values with at least a vector of readable ones after the last.
 template <class T>
 const T* readable_row(const Matrix& matrix, int64_t r, T* copy) {
-  constexpr int64_t kSlack = 16;
+  constexpr int64_t kSlack = Lanes<T>::kCount;
   const T* row = static_cast<const T*>(matrix.values) + matrix.offsets[r];
   const int64_t kept = matrix.offsets[r + 1] - matrix.offsets[r];
   if (matrix.offsets[r + 1] + kSlack <= matrix.offsets[matrix.rows]) return row;

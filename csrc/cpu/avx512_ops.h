@@ -63,6 +63,10 @@ inline Floats odd_bf16(Words v) {
 // fp16 of the lower and of the upper 16 words to fp32.
 inline Floats low_fp16(Words v) { return _mm512_cvtph_ps(_mm512_castsi512_si256(v)); }
 inline Floats high_fp16(Words v) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); }
+#ifdef __AVX512VBMI2__
+// Lane i = the next word of `source` where mask bit i is 1, else 0.
+inline Words expand_words(uint32_t mask, Words source) { return _mm512_maskz_expand_epi16(mask, source); }
+#endif
 #ifdef __AVX512BF16__
 // Lane i = acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1], a and b of bf16.
 inline Floats dot_bf16(Floats acc, Words a, Words b) {

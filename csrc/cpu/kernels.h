@@ -48,5 +48,6 @@ const Kernel* plain_kernel(Format format, Type type);
 const Kernel* avx2_kernel(Format format, Type type);
 const Kernel* avx512_kernel(Format format, Type type);
 const Kernel* avx512_bf16_kernel(Format format, Type type);
+const Kernel* avx512_vbmi2_kernel(Format format, Type type);
 
 }  // namespace wandapp

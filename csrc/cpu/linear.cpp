@@ -123,6 +123,8 @@ const Kernel* find_kernel(Variant variant, Format format, Type type) {
       return avx512_kernel(format, type);
     case Variant::avx512_bf16:
       return avx512_bf16_kernel(format, type);
+    case Variant::avx512_vbmi2:
+      return avx512_vbmi2_kernel(format, type);
 #endif
     default:
       return nullptr;

@@ -22,6 +22,7 @@ using wandapp::Variant;
 std::vector<std::pair<std::string, Variant>> variants() {
   std::vector<std::pair<std::string, Variant>> found;
 #if defined(WANDAPP_HAVE_AVX512)
+  if (wandapp::has_avx512_vbmi2()) found.emplace_back("avx512_vbmi2", Variant::avx512_vbmi2);
   if (wandapp::has_avx512_bf16()) found.emplace_back("avx512_bf16", Variant::avx512_bf16);
   if (wandapp::has_avx512()) found.emplace_back("avx512", Variant::avx512);
 #endif
@@ -106,7 +107,8 @@ PYBIND11_MODULE(_cpu, module) {
       .value("plain", Variant::plain)
       .value("avx2", Variant::avx2)
       .value("avx512", Variant::avx512)
-      .value("avx512_bf16", Variant::avx512_bf16);
+      .value("avx512_bf16", Variant::avx512_bf16)
+      .value("avx512_vbmi2", Variant::avx512_vbmi2);
   module.def("variants", &variants, "Name and value of every variant this processor runs, best first.");
   module.def("has_kernel", [](Variant variant, Format format, Type type) {
     return wandapp::find_kernel(variant, format, type) != nullptr;

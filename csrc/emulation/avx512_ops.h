@@ -114,6 +114,14 @@ inline Words shuffle_bytes(Words source, Words control) {
   std::memcpy(&v, result, 64);
   return v;
 }
+inline Words expand_words(uint32_t mask, Words source) {
+  Words v{};
+  int next = 0;
+  for (int i = 0; i < 32; ++i) {
+    if (mask >> i & 1) v.lane[i] = source.lane[next++];
+  }
+  return v;
+}
 inline Floats expand_floats(uint32_t mask, Floats source) {
   Floats v{};
   int next = 0;

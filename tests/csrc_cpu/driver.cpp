@@ -52,7 +52,8 @@ int main(int, char** arguments) {
   const std::pair<const char*, Variant> variants[] = {{"plain", Variant::plain},
                                                       {"avx2", Variant::avx2},
                                                       {"avx512", Variant::avx512},
-                                                      {"avx512_bf16", Variant::avx512_bf16}};
+                                                      {"avx512_bf16", Variant::avx512_bf16},
+                                                      {"avx512_vbmi2", Variant::avx512_vbmi2}};
   int64_t runs = 0, failures = 0;
   for (int64_t c = 0; c < cases; ++c) {
     const auto format = static_cast<Format>(read_int(file));
