@@ -42,6 +42,7 @@ void require_here(Variant variant) {
 // A weight and its bias, checked once: addresses that the caller keeps alive.
 struct Bound {
   const wandapp::Kernel* kernel;  // null: the variant can only decompress the format
+  wandapp::Decompress decompress;
   Format format;
   Type type;
   Matrix matrix;
@@ -58,7 +59,8 @@ Bound bind(Variant variant, Format format, Type type, uintptr_t values, uintptr_
                       nullptr,
                       rows,
                       cols};
-  return {wandapp::find_kernel(variant, format, type), format, type, matrix};
+  return {wandapp::find_kernel(variant, format, type), wandapp::find_decompress(variant, format, type), format, type,
+          matrix};
 }
 
 bool linear(const std::vector<const Bound*>& bound, uintptr_t x, int64_t tokens, const std::vector<uintptr_t>& outs,
@@ -84,7 +86,7 @@ bool linear(const std::vector<const Bound*>& bound, uintptr_t x, int64_t tokens,
 void decompress(const Bound& bound, int64_t first, int64_t last, uintptr_t out, bool to_fp32, int threads) {
   if (first < 0 || last > bound.matrix.rows || first > last) throw py::value_error("rows are out of range");
   py::gil_scoped_release unlocked;
-  wandapp::decompress(bound.format, bound.type, bound.matrix, first, last, reinterpret_cast<void*>(out), to_fp32,
+  wandapp::decompress(bound.decompress, bound.type, bound.matrix, first, last, reinterpret_cast<void*>(out), to_fp32,
                       threads);
 }
 

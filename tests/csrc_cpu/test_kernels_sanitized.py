@@ -89,8 +89,10 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
     write_cases(tmp_path / "cases", cases)
     output = run(driver, tmp_path / "cases")
     assert output.endswith(" 0 failures\n")
-    # Three thread counts for each case, and at least plain and the three emulated variants for most.
-    assert int(output.rsplit("\n", 2)[-2].split()[0]) >= 3 * 3 * len(cases)
+    # Three thread counts for each case, at least plain and the three emulated variants for most, and every row of each
+    # weight decompressed by all four.
+    rows = sum(case.shape[0] for case in cases)
+    assert int(output.rsplit("\n", 2)[-2].split()[0]) >= 3 * 3 * len(cases) + 4 * rows
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -111,7 +113,7 @@ def test_the_driver_notices_a_wrong_result(driver: Path, tmp_path: Path):
     case.dense[1, 1] += 1.0
     write_cases(tmp_path / "cases", [case])
     done = subprocess.run([str(driver), str(tmp_path / "cases")], capture_output=True, text=True)
-    assert done.returncode != 0 and "plain" in done.stdout and "avx512_vbmi2" in done.stdout
+    assert done.returncode != 0 and "avx512_vbmi2" in done.stdout and "plain, format 1, type 2: decompressing" in done.stdout
 
 
 def test_the_driver_notices_a_read_outside(driver: Path, tmp_path: Path):
