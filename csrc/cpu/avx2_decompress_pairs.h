@@ -7,8 +7,7 @@
 namespace wandapp {
 namespace {
 
-// Bytes of positions of one tile: [2 g + row][chunk i at byte i / 2 + 4 (i % 2)], with value (i, h) of group (h, g) at bits
-// [4i + 2h, +2).
+// A byte of positions for each (g, row) and chunk of a tile: those of value i of group (h, g) at bits [4i + 2h, +2).
 struct TilePositions {
   alignas(32) uint8_t bytes[4][8];
 
@@ -20,9 +19,13 @@ struct TilePositions {
                                          _mm256_slli_epi64(_mm256_and_si256(second, low), 4));
     const __m256i odd = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi64(words, 4), low),
                                         _mm256_andnot_si256(low, second));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), _mm256_or_si256(even, _mm256_slli_epi64(odd, 32)));
+    const __m256i zipped = _mm256_set1_epi64x(0x0703060205010400);
+    const __m256i half = _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes),
+                       _mm256_shuffle_epi8(_mm256_or_si256(even, _mm256_slli_epi64(odd, 32)),
+                                           _mm256_add_epi8(zipped, half)));
   }
-  uint8_t of(int g, int row, int chunk) const { return bytes[2 * g + row][chunk / 2 + 4 * (chunk % 2)]; }
+  uint8_t of(int g, int row, int chunk) const { return bytes[2 * g + row][chunk]; }
 };
 
 // 16 values of a pair in the order of bf16: lane for lane, both halves side by side.
@@ -67,20 +70,17 @@ void decompress_pair(const Matrix& matrix, int64_t r, Out* row0, Out* row1) {
   const T* values = static_cast<const T*>(matrix.values) + (block * chunks * 2 + pair) * kChunk;
   const __m256i* meta =
       static_cast<const __m256i*>(matrix.meta) + block * ceil_div(matrix.cols, kPairsTile) * 2 + pair;
-  const auto tile = [&](int64_t c, int count) {
+  for (int64_t c = 0; c < whole; c += 8) {
     const TilePositions positions(_mm256_loadu_si256(meta));
     meta += 2;
-#pragma GCC unroll 8
+    const int count = static_cast<int>(at_most(whole - c, 8));
     for (int i = 0; i < count; ++i) {
       prefetch(values);
       if constexpr (sizeof(T) == 4) prefetch(values + kChunk);
       spread_pair(values, positions, i, row0 + (c + i) * kChunk, row1 + (c + i) * kChunk);
       values += 2 * kChunk;
     }
-  };
-  int64_t c = 0;
-  for (; c + 8 <= whole; c += 8) tile(c, 8);
-  if (c < whole) tile(c, static_cast<int>(whole - c));
+  }
   expand_nm_pairs<T>(matrix, r, row0, whole * kPairsChunk);
   expand_nm_pairs<T>(matrix, r + 1, row1, whole * kPairsChunk);
 }

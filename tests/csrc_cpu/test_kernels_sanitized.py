@@ -113,7 +113,8 @@ def test_the_driver_notices_a_wrong_result(driver: Path, tmp_path: Path):
     case.dense[1, 1] += 1.0
     write_cases(tmp_path / "cases", [case])
     done = subprocess.run([str(driver), str(tmp_path / "cases")], capture_output=True, text=True)
-    assert done.returncode != 0 and "avx512_vbmi2" in done.stdout and "plain, format 1, type 2: decompressing" in done.stdout
+    assert done.returncode != 0 and "plain" in done.stdout and "avx512_vbmi2" in done.stdout
+    assert "decompressing 3 x 20" in done.stdout
 
 
 def test_the_driver_notices_a_read_outside(driver: Path, tmp_path: Path):
