@@ -32,6 +32,13 @@ AVX512 = [
     "-Wno-maybe-uninitialized",
 ]
 
+
+def avx512_macros(kernel: str, bf16_dot: int, expand_words: int) -> list[tuple[str, str]]:
+    """What tells the compilations of kernels_avx512.cpp apart."""
+    flags = {"WANDAPP_BF16_DOT": bf16_dot, "WANDAPP_EXPAND_WORDS": expand_words}
+    return [("WANDAPP_AVX512_KERNEL", kernel), *((name, str(value)) for name, value in flags.items())]
+
+
 # Files for one instruction set: name of the macro that announces them, and what is compiled with which flags.
 VARIANTS = {
     "WANDAPP_HAVE_AVX2": [("kernels_avx2.cpp", AVX2, [])],
@@ -39,12 +46,17 @@ VARIANTS = {
         (
             "kernels_avx512.cpp",
             AVX512,
-            [("WANDAPP_AVX512_KERNEL", "avx512_kernel"), ("WANDAPP_BF16_DOT", "0")],
+            avx512_macros("avx512_kernel", bf16_dot=0, expand_words=0),
         ),
         (
             "kernels_avx512.cpp",
             [*AVX512, "-mavx512bf16"],
-            [("WANDAPP_AVX512_KERNEL", "avx512_bf16_kernel"), ("WANDAPP_BF16_DOT", "1")],
+            avx512_macros("avx512_bf16_kernel", bf16_dot=1, expand_words=0),
+        ),
+        (
+            "kernels_avx512.cpp",
+            [*AVX512, "-mavx512bf16", "-mavx512vbmi2"],
+            avx512_macros("avx512_vbmi2_kernel", bf16_dot=1, expand_words=1),
         ),
     ],
 }
@@ -74,7 +86,7 @@ class BuildKernels(build_ext):
 
         def compile_file(task: tuple[str, list[str], list[tuple[str, str]]]) -> list[str]:
             name, flags, macros = task
-            # One folder for each set of flags: kernels_avx512.cpp is compiled twice.
+            # One folder for each set of flags: kernels_avx512.cpp is compiled three times.
             output = folder / f"{Path(name).stem}-{len(flags)}"
             return self.compiler.compile(
                 [str(CPU / name)],

@@ -1,4 +1,4 @@
-// What the AVX2 kernels share: loading weights, activations, outputs.
+// What the AVX2 kernels share: loading weights, activations.
 //
 // bf16 is widened in place: of 16 packed values the even ones by a shift, the odd ones by a mask. The activations of
 // dense and bitmap kernels are therefore stored as 8 even, then 8 odd columns of every 16.
@@ -6,16 +6,13 @@
 
 #include <immintrin.h>
 
-#include "expand.h"
+#include "vector_common.h"
 
 namespace wandapp {
 namespace {
 
 constexpr int kChunk = 16;
-constexpr int kMaxTokens = 4;
-constexpr int64_t kPrefetchBytes = 1024;
 
-int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address) + kPrefetchBytes, _MM_HINT_T0); }
 
 float sum(__m256 v) {
@@ -70,24 +67,6 @@ bool prepare(const void* token, int64_t cols, void* prepared) {
   return sum(probe) == 0.0f;
 }
 
-// ---- outputs
-
-template <class T>
-struct Output {
-  const T* bias;
-  T* out;
-  int64_t stride;
-
-  Output(const Matrix& matrix, int64_t first_token)
-      : bias(static_cast<const T*>(matrix.bias)),
-        out(static_cast<T*>(matrix.out) + first_token * matrix.rows),
-        stride(matrix.rows) {}
-
-  void put(int64_t token, int64_t row, float value) const {
-    out[token * stride + row] = narrow<T>(bias == nullptr ? value : value + widen(bias[row]));
-  }
-};
-
 struct Tokens {
   const float* x;
   int64_t stride;
@@ -106,8 +85,6 @@ void for_token_groups(int64_t tokens, Body body) {
   if (tokens - m == 2) body(std::integral_constant<int, 2>(), m);
   if (tokens - m == 1) body(std::integral_constant<int, 1>(), m);
 }
-
-size_t no_scratch(int64_t) { return 0; }
 
 }  // namespace
 }  // namespace wandapp

@@ -1,5 +1,7 @@
-// Bitmap weights with AVX-512: a byte of the mask selects a byte shuffle that spreads the next kept values over 8
-// columns; 4 of them make a vector. (Cheaper than vpexpandw where that is slow, and it needs no VBMI2.)
+// Bitmap weights with AVX-512: the mask spreads the next kept values over a vector of columns.
+//
+// WANDAPP_EXPAND_WORDS: 1 to do that with vpexpandw, which needs VBMI2 and takes 2 cycles on Intel but 8 on AMD's Zen 5.
+// 0: a byte of the mask selects a byte shuffle for 8 columns, a quarter of a vector.
 #pragma once
 
 #include "avx512_dense.h"
@@ -7,6 +9,14 @@
 namespace wandapp {
 namespace {
 
+// expand(p, mask): one vector of columns from the kept values at p. Reads a vector of values at most, however many are
+// kept. (Always inline: GCC would otherwise call it once for each of 13 uses.)
+#if WANDAPP_EXPAND_WORDS
+template <class T>
+[[gnu::always_inline]] inline Words expand(const T* p, uint32_t mask) {
+  return expand_words(mask, load_words(p));
+}
+#else
 struct ShuffleTable {
   alignas(64) uint8_t control[256][16];
   constexpr ShuffleTable() : control() {
@@ -23,38 +33,31 @@ struct ShuffleTable {
 };
 constexpr ShuffleTable kShuffles{};
 
+// Where each quarter starts comes from a prefix of the mask, not from the quarter before: they do not wait for each
+// other.
 template <class T>
-Quarter expand_8(const T*& p, uint32_t mask) {
-  const Quarter spread = shuffle_bytes(load_quarter(p), load_quarter(kShuffles.control[mask & 0xff]));
-  p += __builtin_popcount(mask & 0xff);
-  return spread;
+[[gnu::always_inline]] inline Words expand(const T* p, uint32_t mask) {
+  const auto values = [p](uint32_t earlier) { return p + __builtin_popcount(earlier); };
+  // The shift to byte `i` and the table's 16 bytes an entry in one.
+  const auto control = [](uint32_t scaled) { return &kShuffles.control[0][0] + (scaled & 0xff0); };
+  return shuffle_bytes(load_quarters(p, values(mask << 24), values(mask << 16), values(mask << 8)),
+                       load_quarters(control(mask << 4), control(mask >> 4), control(mask >> 12), control(mask >> 20)));
+}
+#endif
+[[gnu::always_inline]] inline Floats expand(const float* p, uint32_t mask) {
+  return expand_floats(mask, load_floats(p));
 }
 
-// One vector of columns from the kept values at p, which moves on. Reads 32 values at most, however many are kept.
-template <class T>
-Words expand(const T*& p, uint32_t mask) {
-  const Quarter a = expand_8(p, mask);
-  const Quarter b = expand_8(p, mask >> 8);
-  const Quarter c = expand_8(p, mask >> 16);
-  const Quarter d = expand_8(p, mask >> 24);
-  return join(a, b, c, d);
-}
-Floats expand(const float*& p, uint32_t mask) {
-  const Floats spread = expand_floats(mask, load_floats(p));
-  p += __builtin_popcount(mask);
-  return spread;
-}
-
-uint32_t mask_at(const uint8_t* bitmap, int64_t byte, int64_t count) {
+uint32_t load_mask(const uint8_t* bitmap, int64_t bytes) {
   uint32_t mask = 0;
-  std::memcpy(&mask, bitmap + byte, static_cast<size_t>(count));
+  std::memcpy(&mask, bitmap, static_cast<size_t>(bytes));
   return mask;
 }
 
-// The row's values with at least 16 readable ones after the last.
+// The row's values with at least a vector of readable ones after the last.
 template <class T>
 const T* readable_row(const Matrix& matrix, int64_t r, T* copy) {
-  constexpr int64_t kSlack = 16;
+  constexpr int64_t kSlack = Lanes<T>::kCount;
   const T* row = static_cast<const T*>(matrix.values) + matrix.offsets[r];
   const int64_t kept = matrix.offsets[r + 1] - matrix.offsets[r];
   if (matrix.offsets[r + 1] + kSlack <= matrix.offsets[matrix.rows]) return row;
@@ -69,18 +72,26 @@ void bitmap_row(const T* values, const uint8_t* bitmap, int64_t cols, const Toke
   using L = Lanes<T>;
   Accumulators<1, M> sums;
   constexpr int kChains = Accumulators<1, M>::kChains;
-  const auto step = [&](int64_t k, int chain, int64_t bytes) {
+  const auto step = [&](int64_t k, int chain, uint32_t mask) {
     prefetch_ahead(values);
-    const auto w = expand(values, mask_at(bitmap, k / 8, bytes));
+    const auto w = expand(values, mask);
+    values += __builtin_popcount(mask);
 #pragma GCC unroll 4
     for (int j = 0; j < M; ++j) sums.acc[0][j][chain] = dot<T>(sums.acc[0][j][chain], w, L::load(tokens[j] + k));
   };
+  constexpr int64_t kBytes = L::kCount / 8;
   int64_t k = 0;
   for (; k + kChains * L::kCount <= cols; k += kChains * L::kCount) {
 #pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) step(k + chain * L::kCount, chain, L::kCount / 8);
+    for (int chain = 0; chain < kChains; ++chain) {
+      step(k + chain * L::kCount, chain, load_mask(bitmap + chain * kBytes, kBytes));
+    }
+    bitmap += kChains * kBytes;
   }
-  for (; k < cols; k += L::kCount) step(k, 0, ceil_div(at_most(cols - k, L::kCount), 8));
+  for (; k < cols; k += L::kCount) {
+    step(k, 0, load_mask(bitmap, ceil_div(at_most(cols - k, L::kCount), 8)));
+    bitmap += kBytes;
+  }
   sums.put(output, 0, r);
 }
 
@@ -115,7 +126,9 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
       if (count <= kMaxTokens) continue;
       for (int64_t k = 0; k < width; k += L::kCount) {
         const int64_t mask_bytes = k < matrix.cols ? ceil_div(at_most(matrix.cols - k, L::kCount), 8) : 0;
-        L::store(rows + i * width + k, expand(values, mask_at(row_bitmap, k / 8, mask_bytes)));
+        const uint32_t mask = load_mask(row_bitmap + k / 8, mask_bytes);
+        L::store(rows + i * width + k, expand(values, mask));
+        values += __builtin_popcount(mask);
       }
     }
     if (count > kMaxTokens) dense_rows(rows, block, width, width, tokens, count, r, output);

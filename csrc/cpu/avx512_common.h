@@ -1,9 +1,9 @@
-// What the AVX-512 kernels (F, BW, VL, VBMI) share: vectors of weights, activations, outputs, accumulators.
+// What the AVX-512 kernels (F, BW, VL, VBMI) share: vectors of weights, activations, accumulators.
 //
 // WANDAPP_BF16_DOT: 1 with AVX512-BF16.
 #pragma once
 
-#include "expand.h"
+#include "vector_common.h"
 
 #ifdef WANDAPP_EMULATE_AVX512
 #include "../emulation/avx512_ops.h"
@@ -14,13 +14,10 @@
 namespace wandapp {
 namespace {
 
-constexpr int kMaxTokens = 4;
 constexpr int kRows = 4;
-constexpr int64_t kPrefetchBytes = 1024;
 constexpr int64_t kPaddedCols = 64;
 
 uint32_t low_bits(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
-int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kPrefetchBytes); }
 
 // ---- one vector of weights of type T: 64 bytes
@@ -131,22 +128,6 @@ struct Tokens {
   const T* operator[](int64_t token) const { return x + token * stride; }
 };
 
-template <class T>
-struct Output {
-  const T* bias;
-  T* out;
-  int64_t stride;
-
-  Output(const Matrix& matrix, int64_t first_token)
-      : bias(static_cast<const T*>(matrix.bias)),
-        out(static_cast<T*>(matrix.out) + first_token * matrix.rows),
-        stride(matrix.rows) {}
-
-  void put(int64_t token, int64_t row, float value) const {
-    out[token * stride + row] = narrow<T>(bias == nullptr ? value : value + widen(bias[row]));
-  }
-};
-
 // Calls body(R, M, first row, first token) for a block of at most kRows rows and all tokens: 4 rows share each vector of
 // activations when there are several tokens; with one token, or in an incomplete block, rows go one by one, and so does
 // what is left of the tokens there.
@@ -192,8 +173,6 @@ struct Accumulators {
     }
   }
 };
-
-size_t no_scratch(int64_t) { return 0; }
 
 }  // namespace
 }  // namespace wandapp

@@ -9,9 +9,8 @@
 namespace wandapp {
 namespace {
 
-using Words = __m512i;    // 32 words of 16 bits (or 16 of 32, or 8 of 64)
-using Quarter = __m128i;  // 8 words
-using Floats = __m512;    // 16 fp32
+using Words = __m512i;  // 32 words of 16 bits (or 16 of 32, or 8 of 64)
+using Floats = __m512;  // 16 fp32
 
 inline Words load_words(const void* p) { return _mm512_loadu_si512(p); }
 // Words whose mask bit is 0 are 0 and are not read.
@@ -22,7 +21,12 @@ inline Floats load_floats_masked(uint32_t mask, const void* p) {
 }
 inline void store_words(void* p, Words v) { _mm512_storeu_si512(p, v); }
 inline void store_floats(void* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline Quarter load_quarter(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+// 16 bytes from each address, one after the other. (Inserting from memory needs no shuffle unit; joining registers does.)
+inline Words load_quarters(const void* a, const void* b, const void* c, const void* d) {
+  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  const Words first = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);
+  return _mm512_inserti32x4(_mm512_inserti32x4(first, load(c), 2), load(d), 3);
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline Words broadcast_64(uint64_t value) { return _mm512_set1_epi64(static_cast<int64_t>(value)); }
@@ -39,13 +43,8 @@ inline Words and_or(Words a, Words b, Words c) { return _mm512_ternarylogic_epi3
 inline Words permute_words(Words low, Words index, Words high) { return _mm512_permutex2var_epi16(low, index, high); }
 // Float i = float index[i] % 32 of low:high.
 inline Floats permute_floats(Floats low, Words index, Floats high) { return _mm512_permutex2var_ps(low, index, high); }
-// Byte i = source[control[i] % 16], or 0 where control[i] has bit 7.
-inline Quarter shuffle_bytes(Quarter source, Quarter control) { return _mm_shuffle_epi8(source, control); }
-inline Words join(Quarter a, Quarter b, Quarter c, Quarter d) {
-  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
-  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
+// In each quarter: byte i = byte control[i] % 16 of the same quarter of `source`, or 0 where control[i] has bit 7.
+inline Words shuffle_bytes(Words source, Words control) { return _mm512_shuffle_epi8(source, control); }
 // Lane i = the next float of `source` where mask bit i is 1, else 0.
 inline Floats expand_floats(uint32_t mask, Floats source) {
   return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), source);
@@ -64,6 +63,10 @@ inline Floats odd_bf16(Words v) {
 // fp16 of the lower and of the upper 16 words to fp32.
 inline Floats low_fp16(Words v) { return _mm512_cvtph_ps(_mm512_castsi512_si256(v)); }
 inline Floats high_fp16(Words v) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); }
+#ifdef __AVX512VBMI2__
+// Lane i = the next word of `source` where mask bit i is 1, else 0.
+inline Words expand_words(uint32_t mask, Words source) { return _mm512_maskz_expand_epi16(mask, source); }
+#endif
 #ifdef __AVX512BF16__
 // Lane i = acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1], a and b of bf16.
 inline Floats dot_bf16(Floats acc, Words a, Words b) {

@@ -1,4 +1,4 @@
-// One row of a compressed weight as dense values, in portable C++.
+// One row of a compressed weight as dense values, in portable C++: bits are kept, or widened exactly.
 #pragma once
 
 #include <type_traits>
@@ -34,12 +34,19 @@ template <>
 template <>
 [[maybe_unused]] inline void put(Fp16* row, int64_t column, Fp16 value) { row[column] = value; }
 
+// Zeros from column `from` on. Each function below writes the columns of row r from `from` on, a multiple of 4, 16 or 8.
+template <class Out>
+void clear(const Matrix& matrix, Out* row, int64_t from) {
+  std::memset(static_cast<void*>(row + from), 0, static_cast<size_t>(matrix.cols - from) * sizeof(Out));
+}
+
 template <class T, class Out>
-void expand_nm(const Matrix& matrix, int64_t r, Out* row) {
+void expand_nm(const Matrix& matrix, int64_t r, Out* row, int64_t from) {
+  clear(matrix, row, from);
   const int64_t kept = kept_per_row(matrix.cols);
   const T* values = static_cast<const T*>(matrix.values) + r * kept;
   const uint8_t* meta = static_cast<const uint8_t*>(matrix.meta) + r * ceil_div(kept, 4);
-  for (int64_t i = 0; i < kept; ++i) {
+  for (int64_t i = from / kGroup * 2; i < kept; ++i) {
     const int64_t position = meta[i / 4] >> (i % 4 * 2) & 3;
     put(row, i / 2 * kGroup + position, values[i]);
   }
@@ -49,7 +56,8 @@ void expand_nm(const Matrix& matrix, int64_t r, Out* row) {
 // column of it; its position is bits [4 (c % 8) + 2h, +2) of meta word (tile c / 8, p, l). bf16 stores the halves of a
 // lane side by side, so that one 32-bit element holds both.
 template <class T, class Out>
-void expand_nm_pairs(const Matrix& matrix, int64_t r, Out* row) {
+void expand_nm_pairs(const Matrix& matrix, int64_t r, Out* row, int64_t from) {
+  clear(matrix, row, from);
   const int64_t chunks = ceil_div(matrix.cols, kPairsChunk);
   const int64_t tiles = ceil_div(matrix.cols, kPairsTile);
   const int64_t block = r / kPairsRows;
@@ -57,7 +65,7 @@ void expand_nm_pairs(const Matrix& matrix, int64_t r, Out* row) {
   const T* values = static_cast<const T*>(matrix.values) + block * chunks * 32;
   const uint32_t* meta = static_cast<const uint32_t*>(matrix.meta) + block * tiles * 16;
   constexpr bool side_by_side = sizeof(T) == 2 && !std::is_same_v<T, Fp16>;
-  for (int64_t c = 0; c < chunks; ++c) {
+  for (int64_t c = from / kPairsChunk; c < chunks; ++c) {
     for (int64_t h = 0; h < 2; ++h) {
       for (int64_t g = 0; g < 2; ++g) {
         for (int64_t i = 0; i < 2; ++i) {
@@ -72,19 +80,20 @@ void expand_nm_pairs(const Matrix& matrix, int64_t r, Out* row) {
   }
 }
 
+// `values`: the first kept value at or after column `from`.
 template <class T, class Out>
-void expand_bitmap(const Matrix& matrix, int64_t r, Out* row) {
+void expand_bitmap(const Matrix& matrix, int64_t r, Out* row, int64_t from, const T* values) {
+  clear(matrix, row, from);
   const int64_t bytes = ceil_div(matrix.cols, 8);
-  const T* values = static_cast<const T*>(matrix.values) + matrix.offsets[r];
   const uint8_t* bitmap = static_cast<const uint8_t*>(matrix.meta) + r * bytes;
-  for (int64_t b = 0; b < bytes; ++b) {
+  for (int64_t b = from / 8; b < bytes; ++b) {
     for (uint32_t bits = bitmap[b]; bits != 0; bits &= bits - 1) {
       put(row, b * 8 + __builtin_ctz(bits), *values++);
     }
   }
 }
 
-// Row r into `row` (cols elements); bits are kept, or widened exactly.
+// Row r into `row` (cols elements).
 template <class T, class Out>
 void expand_row(Format format, const Matrix& matrix, int64_t r, Out* row) {
   if (format == Format::dense) {
@@ -92,10 +101,11 @@ void expand_row(Format format, const Matrix& matrix, int64_t r, Out* row) {
     for (int64_t k = 0; k < matrix.cols; ++k) put(row, k, values[k]);
     return;
   }
-  std::memset(static_cast<void*>(row), 0, static_cast<size_t>(matrix.cols) * sizeof(Out));
-  if (format == Format::nm) expand_nm<T>(matrix, r, row);
-  if (format == Format::nm_pairs) expand_nm_pairs<T>(matrix, r, row);
-  if (format == Format::bitmap) expand_bitmap<T>(matrix, r, row);
+  if (format == Format::nm) expand_nm<T>(matrix, r, row, 0);
+  if (format == Format::nm_pairs) expand_nm_pairs<T>(matrix, r, row, 0);
+  if (format == Format::bitmap) {
+    expand_bitmap(matrix, r, row, 0, static_cast<const T*>(matrix.values) + matrix.offsets[r]);
+  }
 }
 
 }  // namespace

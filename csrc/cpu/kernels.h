@@ -48,5 +48,14 @@ const Kernel* plain_kernel(Format format, Type type);
 const Kernel* avx2_kernel(Format format, Type type);
 const Kernel* avx512_kernel(Format format, Type type);
 const Kernel* avx512_bf16_kernel(Format format, Type type);
+const Kernel* avx512_vbmi2_kernel(Format format, Type type);
+
+// Rows [first, last) of W as dense rows in `out` (last - first rows of cols elements): in W's type, or widened to fp32.
+using Decompress = void (*)(const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32);
+
+// Null where the variant has none for the format. The plain one has all. AVX2's is bound by memory where it was measured,
+// so AVX-512 has none of its own.
+Decompress plain_decompress(Format format, Type type);
+Decompress avx2_decompress(Format format, Type type);
 
 }  // namespace wandapp

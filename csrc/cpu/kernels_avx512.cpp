@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, VL, VBMI): one header for each format. Compiled twice: with BF16 dot products and without.
+// AVX-512 (F, BW, VL, VBMI): one header for each format. Compiled three times: without BF16 dot products, with them, and
+// with vpexpandw too.
 //
 // WANDAPP_AVX512_KERNEL: the name of the exported function.
 #include "avx512_bitmap.h"

@@ -65,12 +65,45 @@ const Kernel* of_type(Format format) {
   return nullptr;
 }
 
+template <class T, Format format>
+void decompress(const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32) {
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t at = (r - first) * matrix.cols;
+    if (to_fp32) {
+      expand_row<T>(format, matrix, r, static_cast<float*>(out) + at);
+    } else {
+      expand_row<T>(format, matrix, r, static_cast<T*>(out) + at);
+    }
+  }
+}
+
+template <class T>
+Decompress decompress_of_type(Format format) {
+  switch (format) {
+    case Format::dense:
+      return decompress<T, Format::dense>;
+    case Format::nm:
+      return decompress<T, Format::nm>;
+    case Format::nm_pairs:
+      return decompress<T, Format::nm_pairs>;
+    case Format::bitmap:
+      return decompress<T, Format::bitmap>;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 const Kernel* plain_kernel(Format format, Type type) {
   if (type == Type::bf16) return of_type<Bf16>(format);
   if (type == Type::fp16) return of_type<Fp16>(format);
   return of_type<float>(format);
+}
+
+Decompress plain_decompress(Format format, Type type) {
+  if (type == Type::bf16) return decompress_of_type<Bf16>(format);
+  if (type == Type::fp16) return decompress_of_type<Fp16>(format);
+  return decompress_of_type<float>(format);
 }
 
 }  // namespace wandapp

@@ -96,18 +96,6 @@ std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const s
   return pieces;
 }
 
-template <class T>
-void expand_rows(Format format, const Matrix& matrix, int64_t first, int64_t last, int64_t start, void* out,
-                 bool to_fp32) {
-  for (int64_t r = first; r < last; ++r) {
-    if (to_fp32) {
-      expand_row<T>(format, matrix, r, static_cast<float*>(out) + (r - start) * matrix.cols);
-    } else {
-      expand_row<T>(format, matrix, r, static_cast<T*>(out) + (r - start) * matrix.cols);
-    }
-  }
-}
-
 }  // namespace
 
 const Kernel* find_kernel(Variant variant, Format format, Type type) {
@@ -123,10 +111,22 @@ const Kernel* find_kernel(Variant variant, Format format, Type type) {
       return avx512_kernel(format, type);
     case Variant::avx512_bf16:
       return avx512_bf16_kernel(format, type);
+    case Variant::avx512_vbmi2:
+      return avx512_vbmi2_kernel(format, type);
 #endif
     default:
       return nullptr;
   }
+}
+
+Decompress find_decompress(Variant variant, Format format, Type type) {
+#if defined(WANDAPP_HAVE_AVX2)
+  if (variant != Variant::plain) {
+    if (const Decompress found = avx2_decompress(format, type)) return found;
+  }
+#endif
+  static_cast<void>(variant);
+  return plain_decompress(format, type);
 }
 
 bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
@@ -158,15 +158,13 @@ bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Ma
   return true;
 }
 
-void decompress(Format format, Type type, const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32,
-                int threads) {
+void decompress(Decompress rows_of, Type type, const Matrix& matrix, int64_t first, int64_t last, void* out,
+                bool to_fp32, int threads) {
   constexpr int64_t kRows = 16;
+  const int64_t row_bytes = matrix.cols * (to_fp32 ? 4 : element_size(type));
   parallel_for(ceil_div(last - first, kRows), threads, [&](int64_t i) {
     const int64_t begin = first + i * kRows;
-    const int64_t end = std::min(begin + kRows, last);
-    if (type == Type::bf16) expand_rows<Bf16>(format, matrix, begin, end, first, out, to_fp32);
-    if (type == Type::fp16) expand_rows<Fp16>(format, matrix, begin, end, first, out, to_fp32);
-    if (type == Type::fp32) expand_rows<float>(format, matrix, begin, end, first, out, to_fp32);
+    rows_of(matrix, begin, std::min(begin + kRows, last), static_cast<char*>(out) + i * kRows * row_bytes, to_fp32);
   });
 }
 

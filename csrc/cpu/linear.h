@@ -7,7 +7,7 @@
 
 namespace wandapp {
 
-enum class Variant { plain, avx2, avx512, avx512_bf16 };
+enum class Variant { plain, avx2, avx512, avx512_bf16, avx512_vbmi2 };
 
 const Kernel* find_kernel(Variant variant, Format format, Type type);
 
@@ -17,9 +17,11 @@ const Kernel* find_kernel(Variant variant, Format format, Type type);
 bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
             int64_t tokens, int threads);
 
-// Rows [first, last) of W as dense rows in `out` (last - first rows of matrix.cols elements): in W's type, or widened
-// to fp32.
-void decompress(Format format, Type type, const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32,
-                int threads);
+// The fastest that the variant's processor runs; there is one for every format.
+Decompress find_decompress(Variant variant, Format format, Type type);
+
+// Rows [first, last) of W, of `type`, as dense rows in `out`: in W's type, or widened to fp32.
+void decompress(Decompress rows_of, Type type, const Matrix& matrix, int64_t first, int64_t last, void* out,
+                bool to_fp32, int threads);
 
 }  // namespace wandapp

@@ -22,6 +22,7 @@ using wandapp::Variant;
 std::vector<std::pair<std::string, Variant>> variants() {
   std::vector<std::pair<std::string, Variant>> found;
 #if defined(WANDAPP_HAVE_AVX512)
+  if (wandapp::has_avx512_vbmi2()) found.emplace_back("avx512_vbmi2", Variant::avx512_vbmi2);
   if (wandapp::has_avx512_bf16()) found.emplace_back("avx512_bf16", Variant::avx512_bf16);
   if (wandapp::has_avx512()) found.emplace_back("avx512", Variant::avx512);
 #endif
@@ -41,6 +42,7 @@ void require_here(Variant variant) {
 // A weight and its bias, checked once: addresses that the caller keeps alive.
 struct Bound {
   const wandapp::Kernel* kernel;  // null: the variant can only decompress the format
+  wandapp::Decompress decompress;
   Format format;
   Type type;
   Matrix matrix;
@@ -57,7 +59,8 @@ Bound bind(Variant variant, Format format, Type type, uintptr_t values, uintptr_
                       nullptr,
                       rows,
                       cols};
-  return {wandapp::find_kernel(variant, format, type), format, type, matrix};
+  return {wandapp::find_kernel(variant, format, type), wandapp::find_decompress(variant, format, type), format, type,
+          matrix};
 }
 
 bool linear(const std::vector<const Bound*>& bound, uintptr_t x, int64_t tokens, const std::vector<uintptr_t>& outs,
@@ -83,7 +86,7 @@ bool linear(const std::vector<const Bound*>& bound, uintptr_t x, int64_t tokens,
 void decompress(const Bound& bound, int64_t first, int64_t last, uintptr_t out, bool to_fp32, int threads) {
   if (first < 0 || last > bound.matrix.rows || first > last) throw py::value_error("rows are out of range");
   py::gil_scoped_release unlocked;
-  wandapp::decompress(bound.format, bound.type, bound.matrix, first, last, reinterpret_cast<void*>(out), to_fp32,
+  wandapp::decompress(bound.decompress, bound.type, bound.matrix, first, last, reinterpret_cast<void*>(out), to_fp32,
                       threads);
 }
 
@@ -106,7 +109,8 @@ PYBIND11_MODULE(_cpu, module) {
       .value("plain", Variant::plain)
       .value("avx2", Variant::avx2)
       .value("avx512", Variant::avx512)
-      .value("avx512_bf16", Variant::avx512_bf16);
+      .value("avx512_bf16", Variant::avx512_bf16)
+      .value("avx512_vbmi2", Variant::avx512_vbmi2);
   module.def("variants", &variants, "Name and value of every variant this processor runs, best first.");
   module.def("has_kernel", [](Variant variant, Format format, Type type) {
     return wandapp::find_kernel(variant, format, type) != nullptr;

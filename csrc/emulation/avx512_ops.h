@@ -13,9 +13,6 @@ namespace {
 struct Words {
   uint16_t lane[32];
 };
-struct Quarter {
-  uint8_t byte[16];
-};
 struct Floats {
   float lane[16];
 };
@@ -46,9 +43,10 @@ inline Floats load_floats_masked(uint32_t mask, const void* p) {
 }
 inline void store_words(void* p, Words v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store_floats(void* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
-inline Quarter load_quarter(const void* p) {
-  Quarter v;
-  std::memcpy(&v, p, sizeof(v));
+inline Words load_quarters(const void* a, const void* b, const void* c, const void* d) {
+  Words v;
+  const void* parts[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) std::memcpy(v.lane + 8 * i, parts[i], 16);
   return v;
 }
 inline void prefetch(const void*) {}
@@ -107,15 +105,21 @@ inline Floats permute_floats(Floats low, Words index, Floats high) {
   for (int i = 0; i < 16; ++i) v.lane[i] = (from[i] & 16) != 0 ? high.lane[from[i] & 15] : low.lane[from[i] & 15];
   return v;
 }
-inline Quarter shuffle_bytes(Quarter source, Quarter control) {
-  Quarter v;
-  for (int i = 0; i < 16; ++i) v.byte[i] = (control.byte[i] & 0x80) != 0 ? 0 : source.byte[control.byte[i] & 15];
+inline Words shuffle_bytes(Words source, Words control) {
+  uint8_t from[64], select[64], result[64];
+  std::memcpy(from, &source, 64);
+  std::memcpy(select, &control, 64);
+  for (int i = 0; i < 64; ++i) result[i] = (select[i] & 0x80) != 0 ? 0 : from[i / 16 * 16 + select[i] % 16];
+  Words v;
+  std::memcpy(&v, result, 64);
   return v;
 }
-inline Words join(Quarter a, Quarter b, Quarter c, Quarter d) {
-  Words v;
-  const Quarter parts[4] = {a, b, c, d};
-  std::memcpy(&v, parts, 64);
+inline Words expand_words(uint32_t mask, Words source) {
+  Words v{};
+  int next = 0;
+  for (int i = 0; i < 32; ++i) {
+    if (mask >> i & 1) v.lane[i] = source.lane[next++];
+  }
   return v;
 }
 inline Floats expand_floats(uint32_t mask, Floats source) {

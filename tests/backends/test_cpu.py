@@ -337,5 +337,11 @@ def test_the_avx512_kernels_were_compiled_to_the_instructions_meant():
     if not _cpu.HAS_AVX512:
         pytest.skip("the compiler that built the module does not know AVX-512")
     text = subprocess.run(["objdump", "-d", _cpu.__file__], capture_output=True, text=True, check=True).stdout
-    for instruction in (r"vperm[ti]2w\s.*%zmm", r"vpmultishiftqb\s.*%zmm", r"vdpbf16ps\s.*%zmm", r"vpermilps\s.*%ymm"):
+    for instruction in (
+        r"vperm[ti]2w\s.*%zmm",
+        r"vpmultishiftqb\s.*%zmm",
+        r"vdpbf16ps\s.*%zmm",
+        r"vpermilps\s.*%ymm",
+        r"vpexpandw\s.*%zmm",
+    ):
         assert re.search(instruction, text), instruction

@@ -31,6 +31,10 @@ class Case:
     def shape(self) -> tuple[int, int]:
         return self.dense.shape[0], self.dense.shape[1]
 
+    def decompressed(self) -> torch.Tensor:
+        """The dense weight, with +0.0 where nothing is kept (``dense`` may have -0.0 there)."""
+        return self.dense if self.layout == "dense" else torch.where(self.dense == 0, 0, self.dense)
+
     def exact(self) -> torch.Tensor:
         out = self.x.double() @ self.dense.double().T
         return out if self.bias is None else out + self.bias.double()
@@ -81,6 +85,6 @@ def write_cases(path: Path, cases: Iterable[Case]) -> None:
             file.write(struct.pack("<6q", *head))
             tensors = [*case.tensors, torch.empty(0), torch.empty(0)][:3]
             bias = torch.empty(0) if case.bias is None else case.bias
-            for tensor in (case.x, *tensors, bias, case.exact(), case.allowed()):
+            for tensor in (case.x, *tensors, bias, case.decompressed(), case.exact(), case.allowed()):
                 data = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
                 file.write(struct.pack("<q", len(data)) + data)

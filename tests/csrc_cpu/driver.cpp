@@ -1,8 +1,8 @@
 // Runs every kernel variant on the cases of a file: AVX-512 emulated, AVX2 where the processor has it. Every buffer is
 // an allocation of its own, so that AddressSanitizer sees each byte read outside.
 //
-// A case: int64 format, type, tokens, rows, cols, finite, then five blobs (x, values, meta, offsets, bias) and two of
-// doubles [tokens, rows]: the exact result and the largest error allowed. A blob is an int64 size and its bytes.
+// A case: int64 format, type, tokens, rows, cols, finite, then six blobs (x, values, meta, offsets, bias, dense weight) and
+// two of doubles [tokens, rows]: the exact result and the largest error allowed. A blob is an int64 size and its bytes.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -44,6 +44,24 @@ double element(Type type, const char* data, int64_t i) {
   return reinterpret_cast<const float*>(data)[i];
 }
 
+int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+// Whether rows [first, last) come out as those of `dense`, bit for bit.
+bool decompresses(Variant variant, Format format, Type type, const Matrix& matrix, const char* dense, int64_t first,
+                  int64_t last, int threads) {
+  const int64_t begin = first * matrix.cols, count = (last - first) * matrix.cols, size = element_size(type);
+  const Decompress rows_of = find_decompress(variant, format, type);
+  const std::unique_ptr<char[]> same(new char[static_cast<size_t>(count * size)]);
+  decompress(rows_of, type, matrix, first, last, same.get(), false, threads);
+  bool good = std::memcmp(same.get(), dense + begin * size, static_cast<size_t>(count * size)) == 0;
+  const std::unique_ptr<float[]> wide(new float[static_cast<size_t>(count)]);
+  decompress(rows_of, type, matrix, first, last, wide.get(), true, threads);
+  for (int64_t i = 0; good && i < count; ++i) {
+    good = bits_of(wide[static_cast<size_t>(i)]) == bits_of(static_cast<float>(element(type, dense, begin + i)));
+  }
+  return good;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -52,7 +70,8 @@ int main(int, char** arguments) {
   const std::pair<const char*, Variant> variants[] = {{"plain", Variant::plain},
                                                       {"avx2", Variant::avx2},
                                                       {"avx512", Variant::avx512},
-                                                      {"avx512_bf16", Variant::avx512_bf16}};
+                                                      {"avx512_bf16", Variant::avx512_bf16},
+                                                      {"avx512_vbmi2", Variant::avx512_vbmi2}};
   int64_t runs = 0, failures = 0;
   for (int64_t c = 0; c < cases; ++c) {
     const auto format = static_cast<Format>(read_int(file));
@@ -60,22 +79,30 @@ int main(int, char** arguments) {
     const int64_t tokens = read_int(file), rows = read_int(file), cols = read_int(file);
     const bool finite = read_int(file) != 0;
     const Blob x = read_blob(file), values = read_blob(file), meta = read_blob(file), offsets = read_blob(file),
-               bias = read_blob(file), exact = read_blob(file), allowed = read_blob(file);
+               bias = read_blob(file), dense = read_blob(file), exact = read_blob(file), allowed = read_blob(file);
     for (const auto& [name, variant] : variants) {
       if (variant == Variant::avx2 && !has_avx2()) continue;
+      const Matrix weight{values.data.get(), meta.data.get(), reinterpret_cast<const int64_t*>(offsets.data.get()),
+                          nullptr,           nullptr,         rows,
+                          cols};
+      for (int64_t first = 0; first < rows; ++first) {
+        const bool good = decompresses(variant, format, type, weight, dense.data.get(), first, rows, 1) &&
+                          decompresses(variant, format, type, weight, dense.data.get(), 0, first + 1, 3);
+        ++runs;
+        if (good) continue;
+        ++failures;
+        std::printf("%s, format %d, type %d: decompressing %ld x %ld, row %ld\n", name, static_cast<int>(format),
+                    static_cast<int>(type), rows, cols, first);
+      }
       const Kernel* kernel = find_kernel(variant, format, type);
       if (kernel == nullptr) continue;
       std::string first_result;
       for (int threads = 1; threads <= 3; ++threads) {
-        const int64_t bytes = tokens * rows * (type == Type::fp32 ? 4 : 2);
+        const int64_t bytes = tokens * rows * element_size(type);
         std::string out(static_cast<size_t>(bytes), '\x7f');
-        const Matrix matrix{values.data.get(),
-                            meta.data.get(),
-                            reinterpret_cast<const int64_t*>(offsets.data.get()),
-                            bias.size == 0 ? nullptr : bias.data.get(),
-                            out.data(),
-                            rows,
-                            cols};
+        Matrix matrix = weight;
+        matrix.bias = bias.size == 0 ? nullptr : bias.data.get();
+        matrix.out = out.data();
         const bool said_finite = linear(*kernel, format, type, {matrix}, x.data.get(), tokens, threads);
         ++runs;
         bool good = said_finite == finite;

@@ -22,15 +22,22 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compil
 
 FLAGS = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
-EMULATED = ["-DWANDAPP_EMULATE_AVX512"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 HAVE = ["-DWANDAPP_HAVE_AVX512", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
 
 PLAIN = ("kernels_plain", "cpu_features", "parallel", "thread_pool", "linear")
 AVX512 = ROOT / "cpu/kernels_avx512.cpp"
+
+
+def avx512_flags(kernel: str, bf16_dot: int, expand_words: int) -> list[str]:
+    macros = (f"WANDAPP_AVX512_KERNEL={kernel}", f"WANDAPP_BF16_DOT={bf16_dot}", f"WANDAPP_EXPAND_WORDS={expand_words}")
+    return ["-DWANDAPP_EMULATE_AVX512", *(f"-D{macro}" for macro in macros)]
+
+
 FILES = [
-    (AVX512, [*EMULATED, "-DWANDAPP_AVX512_KERNEL=avx512_kernel", "-DWANDAPP_BF16_DOT=0"]),
-    (AVX512, [*EMULATED, "-DWANDAPP_AVX512_KERNEL=avx512_bf16_kernel", "-DWANDAPP_BF16_DOT=1"]),
+    (AVX512, avx512_flags("avx512_kernel", bf16_dot=0, expand_words=0)),
+    (AVX512, avx512_flags("avx512_bf16_kernel", bf16_dot=1, expand_words=0)),
+    (AVX512, avx512_flags("avx512_vbmi2_kernel", bf16_dot=1, expand_words=1)),
     *([(ROOT / "cpu/kernels_avx2.cpp", AVX2)] if X86 else []),
     *((ROOT / f"cpu/{name}.cpp", HAVE) for name in PLAIN),
     (Path(__file__).with_name("driver.cpp"), HAVE),
@@ -82,8 +89,10 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
     write_cases(tmp_path / "cases", cases)
     output = run(driver, tmp_path / "cases")
     assert output.endswith(" 0 failures\n")
-    # Three thread counts for each case, and at least plain and the two emulated variants for most.
-    assert int(output.rsplit("\n", 2)[-2].split()[0]) >= 3 * 2 * len(cases)
+    # Three thread counts for each case, at least plain and the three emulated variants for most, and every row of each
+    # weight decompressed by all four.
+    rows = sum(case.shape[0] for case in cases)
+    assert int(output.rsplit("\n", 2)[-2].split()[0]) >= 3 * 3 * len(cases) + 4 * rows
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -104,7 +113,8 @@ def test_the_driver_notices_a_wrong_result(driver: Path, tmp_path: Path):
     case.dense[1, 1] += 1.0
     write_cases(tmp_path / "cases", [case])
     done = subprocess.run([str(driver), str(tmp_path / "cases")], capture_output=True, text=True)
-    assert done.returncode != 0 and "plain" in done.stdout and "avx512_bf16" in done.stdout
+    assert done.returncode != 0 and "plain" in done.stdout and "avx512_vbmi2" in done.stdout
+    assert "decompressing 3 x 20" in done.stdout
 
 
 def test_the_driver_notices_a_read_outside(driver: Path, tmp_path: Path):

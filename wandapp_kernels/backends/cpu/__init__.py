@@ -1,6 +1,6 @@
 """C++ kernels for the CPU: plain, AVX2, AVX-512; the best that the processor runs, asked when this is imported.
 
-``WANDAPP_CPU_VARIANT`` (``plain``, ``avx2``, ``avx512``, ``avx512_bf16``) forces one.
+``WANDAPP_CPU_VARIANT`` (``plain``, ``avx2``, ``avx512``, ``avx512_bf16``, ``avx512_vbmi2``) forces one.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class CpuStrips(Backend):
         shape: tuple[int, int],
         pattern: Pattern | None,
     ) -> torch.Tensor:
-        return _by_strips(x, self.layout, tensors, bias, shape)
+        return _by_strips(x, compiled.Bound(self.layout, tensors, None, shape, x.dtype), bias)
 
 
 class CpuDense(CompiledBackend):
@@ -124,7 +124,7 @@ class CpuCall(Call):
             return outputs
         # x holds NaN or infinity: a dense linear also multiplies it with the zeros.
         rows = x.view(-1, x.shape[-1])
-        outputs = [_by_strips(rows, self.backend.layout, *of_it, call._shape) for call, of_it in calls]
+        outputs = [_by_strips(rows, call.bound, bias) for call, (_, bias) in calls]
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
@@ -140,21 +140,17 @@ def _reason(problem: Problem, operator: str, also: str | None = None) -> str | N
     return None
 
 
-def _by_strips(
-    x: torch.Tensor,
-    layout: str,
-    tensors: Sequence[torch.Tensor],
-    bias: torch.Tensor | None,
-    shape: tuple[int, int],
-) -> torch.Tensor:
-    rows, columns = shape
+def _by_strips(x: torch.Tensor, bound: compiled.Bound, bias: torch.Tensor | None) -> torch.Tensor:
+    rows, columns = bound.shape
     wide = x.dtype if compiled.has_fast_bf16_gemm() and x.dtype == torch.bfloat16 else torch.float32
     x_wide = x.to(wide)
     bias_wide = None if bias is None else bias.to(wide)
     step = max(64, _STRIP_BYTES // (columns * wide.itemsize))
+    # One strip for all: fresh memory would be faulted in anew, page by page.
+    scratch = torch.empty((min(step, rows), columns), dtype=wide, device="cpu")
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device="cpu")
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        strip = compiled.decompress(layout, tensors, shape, first, last, wide)
+        strip = compiled.decompress_into(scratch[: last - first], bound, first)
         out[:, first:last] = functional.linear(x_wide, strip, None if bias_wide is None else bias_wide[first:last])
     return out

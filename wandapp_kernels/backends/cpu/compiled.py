@@ -173,9 +173,25 @@ def decompress(
         raise UsageError(f"the CPU kernels decompress bf16, fp16 and fp32 to themselves or fp32, not {own} to {dtype}")
     rows, columns = shape
     last = rows if last is None else last
-    bound = Bound(layout, tensors, None, shape, own)
     out = torch.empty((last - first, columns), dtype=dtype, device="cpu")
-    _cpu.decompress(bound.native, first, last, out.data_ptr(), dtype != own, torch.get_num_threads())
+    return decompress_into(out, Bound(layout, tensors, None, shape, own), first)
+
+
+def decompress_into(out: torch.Tensor, bound: Bound, first: int) -> torch.Tensor:
+    """`decompress` of as many rows as ``out`` has, from ``first`` on; returns ``out``.
+
+    Raises:
+        UsageError: ``out`` is not contiguous ``[rows, K]`` on the CPU, in the weight's type or float32.
+    """
+    rows, columns = bound.shape
+    fits = out.dim() == 2 and out.shape[1] == columns and 0 <= first <= rows - out.shape[0]
+    if not fits or out.dtype not in (bound.dtype, torch.float32) or not out.is_cpu or not out.is_contiguous():
+        raise UsageError(
+            f"rows from {first} on of a {bound.dtype} weight {rows} × {columns} do not go into {out.dtype} "
+            f"{tuple(out.shape)} on {out.device}"
+        )
+    last = first + out.shape[0]
+    _cpu.decompress(bound.native, first, last, out.data_ptr(), out.dtype != bound.dtype, torch.get_num_threads())
     return out
 
 
