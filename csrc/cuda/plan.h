@@ -6,7 +6,7 @@
 #pragma once
 
 struct NmDecodePlan {
-    int token_tiles;   // of 8 tokens, in a CTA: 1, 2 or 4
+    int token_tiles;   // of 8 tokens, in a CTA: 1 or 2, of a SwiGLU pair 4 too
     int token_blocks;  // CTAs along M
     int row_blocks;    // CTAs along N
     int splits;        // CTAs along K
@@ -39,7 +39,7 @@ constexpr long long cost(long long row_blocks, long long column_blocks, long lon
 // y [m, n] = x [m, k] W^T for `matrices` weights (1, or 2 for a SwiGLU pair) on a GPU with `multiprocessors`.
 constexpr NmDecodePlan plan_nm_decode(int n, int k, int m, int multiprocessors, int matrices) {
     NmDecodePlan plan{};
-    plan.token_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
+    plan.token_tiles = m <= 8 ? 1 : m <= 16 or matrices == 1 ? 2 : 4;
     const int tokens = 8 * plan.token_tiles;
     plan.token_blocks = static_cast<int>(nm_plan::ceil_divide(m, tokens));
     plan.row_blocks = static_cast<int>(nm_plan::ceil_divide(n, 64));

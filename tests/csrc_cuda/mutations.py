@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` occurs once in `file` and becomes `new`. `kernel`: which one shows it: decode, swiglu or pack."""
+    """`old` occurs once in `file` and becomes `new`. `kernel`: which one shows it: decode, swiglu, gemm or pack."""
 
     name: str
     file: str
@@ -17,18 +17,17 @@ class Mutation:
 
 
 DECODE, ACTIVATIONS, SPLIT, PACK = "nm_decode.cuh", "activations.cuh", "split_k.cuh", "nm_pack.cuh"
+FRAGMENT, OUTPUT, GEMM, RING = "nm_fragment.cuh", "output.cuh", "nm_gemm.cuh", "activation_ring.cuh"
 LAYOUT = "fragment_layout.py"
 
 MUTATIONS = [
     # Weights
-    Mutation(
-        "swapped_steps", DECODE, "block.values + kStep * nm::kRowTiles", "block.values + (1 - kStep) * nm::kRowTiles"
-    ),
-    Mutation("wrong_selector", DECODE, "<T, kStep>(sums[1]", "<T, 1 - kStep>(sums[1]"),
-    Mutation("wrong_metadata_word", DECODE, "x, block.metadata.z)", "x, block.metadata.w)"),
-    Mutation("wrong_row_tile", DECODE, "(sums[2][n], values[2]", "(sums[2][n], values[3]"),
-    Mutation("wrong_load", DECODE, "block.values + i * nm::kLanes", "block.values + (i ^ 1) * nm::kLanes"),
-    Mutation("half_a_block", DECODE, "i < (kStep + 1) * nm::kRowTiles", "i < (kStep + 1) * nm::kRowTiles - 1"),
+    Mutation("swapped_steps", FRAGMENT, "= values + kStep * nm::kRowTiles", "= values + (1 - kStep) * nm::kRowTiles"),
+    Mutation("wrong_selector", FRAGMENT, "<T, kStep>(sums[1]", "<T, 1 - kStep>(sums[1]"),
+    Mutation("wrong_metadata_word", FRAGMENT, "x, metadata.z)", "x, metadata.w)"),
+    Mutation("wrong_row_tile", FRAGMENT, "(sums[2][n], step[2]", "(sums[2][n], step[3]"),
+    Mutation("wrong_load", FRAGMENT, "block.values + i * nm::kLanes", "block.values + (i ^ 1) * nm::kLanes"),
+    Mutation("half_a_block", FRAGMENT, "i < (kStep + 1) * nm::kRowTiles", "i < (kStep + 1) * nm::kRowTiles - 1"),
     Mutation("wrong_lane", DECODE, ".after(first_block, threadIdx.x % 32)", ".after(first_block, threadIdx.x % 16)"),
     Mutation("block_beyond_the_slice", DECODE, "Decode::kGroups + group < end; }", "Decode::kGroups + group <= end; }"),
     Mutation(
@@ -43,7 +42,7 @@ MUTATIONS = [
     ),
     # Activations
     Mutation(
-        "wrong_column", DECODE, "(current, tile, group * nm::kBlock + 32)", "(current, tile, group * nm::kBlock + 16)"
+        "wrong_column", DECODE, "current, tile, group * nm::kBlock + 32)", "current, tile, group * nm::kBlock + 16)"
     ),
     Mutation("missing_wait", DECODE, "ptx::cp_async_wait<0>();\n        ptx::sync_cta();", "ptx::sync_cta();"),
     Mutation("missing_barrier", DECODE, "cp_async_wait<0>();\n        ptx::sync_cta();", "cp_async_wait<0>();"),
@@ -65,10 +64,12 @@ MUTATIONS = [
     ),
     # Sums
     Mutation("missing_barrier_before_sums", DECODE, "cp_async_wait<0>();\n    ptx::sync_cta();", "cp_async_wait<0>();"),
-    Mutation("missing_barrier_after_sums", DECODE, "decode.sums);\n    ptx::sync_cta();", "decode.sums);"),
+    Mutation("missing_barrier_after_sums", DECODE, "warp, 0, 0);\n    ptx::sync_cta();", "warp, 0, 0);"),
     Mutation("wrong_row_half", SPLIT, "+ 8 * (i / 2)", "+ 8 * (i % 2)"),
-    Mutation("wrong_token_of_sum", SPLIT, "2 * (lane % 4) + i % 2", "2 * (lane % 4) + i / 2"),
+    Mutation("wrong_token_of_sum", SPLIT, "(8 * n + i % 2) * kStride", "(8 * n + i / 2) * kStride"),
+    Mutation("wrong_slab", SPLIT, "shared + slab * kSlab +", "shared + (slab ^ 1) / 2 * kSlab +"),
     Mutation("a_warp_forgotten", SPLIT, "group < kGroups; ++group", "group < kGroups - 1; ++group"),
+    Mutation("a_warp_twice", SPLIT, "int group = 1; group < kGroups", "int group = 0; group < kGroups"),
     Mutation("missing_fence", SPLIT, "ptx::fence_device();\n        ptx::sync_cta();", "ptx::sync_cta();"),
     Mutation("missing_barrier_of_splits", SPLIT, "fence_device();\n        ptx::sync_cta();", "fence_device();"),
     Mutation(
@@ -84,23 +85,109 @@ MUTATIONS = [
     ),
     Mutation("shared_counter", DECODE, "parts, counters + tile,", "parts, counters,"),
     # Output
-    Mutation("row_tail_not_dropped", DECODE, "if (row >= n) continue;", ""),
-    Mutation("token_tail_not_dropped", DECODE, "e < tokens * Sum::kRows; e +=", "e < Sum::kElements; e +="),
-    Mutation("bias_forgotten", DECODE, "if (term != nullptr) value", "if (term == nullptr) value"),
-    Mutation("bias_of_another_row", DECODE, "load_constant(term + row)", "load_constant(term + row / 2)"),
-    Mutation("one_bias_for_both", DECODE, "matrix == 0 ? bias : up_bias", "bias", "swiglu"),
-    Mutation("silu_of_up", DECODE, "silu(value[0]) * value[1]", "silu(value[1]) * value[0]", "swiglu"),
+    Mutation("row_tail_not_dropped", DECODE, "if (row >= n) return;", ""),
+    Mutation("row_tail_of_a_quad_not_dropped", OUTPUT, "if (row + i < n) target[i]", "target[i]"),
+    Mutation("quads_where_rows_are_not_aligned", OUTPUT, "if (n % 4 == 0)", "if (n > 0)"),
+    Mutation("quad_halves_swapped", OUTPUT, "(rounded[1].bits) << 16", "(rounded[3].bits) << 16"),
+    Mutation("token_tail_not_dropped", SPLIT, "end = tokens * kRowQuads", "end = kQuads"),
+    Mutation("bias_forgotten", OUTPUT, "if (bias == nullptr) return;", "if (bias != nullptr) return;"),
+    Mutation("bias_of_another_row", OUTPUT, "load_constant(bias + row))", "load_constant(bias + row / 2))"),
+    Mutation("bias_of_another_quad_row", OUTPUT, "load_constant(bias + row + 2)", "load_constant(bias + row + 1)"),
+    Mutation("bias_past_the_last_row", OUTPUT, "if (row + 3 < n) value.w", "value.w"),
+    Mutation("one_bias_for_both", DECODE, "add_bias(sum[1], up_bias", "add_bias(sum[1], bias", "swiglu"),
+    Mutation("silu_of_up", DECODE, "silu(gate.x) * up.x", "silu(up.x) * gate.x", "swiglu"),
+    Mutation("silu_of_up_last", DECODE, "silu(gate.w) * up.w", "silu(up.w) * gate.w", "swiglu"),
     Mutation("gate_and_up_swapped", DECODE, "Decode::kGroups ? up : weight", "Decode::kGroups ? weight : up", "swiglu"),
     Mutation(
-        "up_summed_from_gate", SPLIT, "shared + (matrix * kGroups * kTokens", "shared + (0 * matrix * kTokens", "swiglu"
+        "up_summed_from_gate", SPLIT, "shared + matrix * kGroups * kSlab", "shared + 0 * matrix * kSlab", "swiglu"
     ),
     Mutation(
         "partials_of_one_matrix",
         SPLIT,
-        "split * kMatrices + matrix) * kElements + e, cta",
-        "split * kMatrices) * kElements + e, cta",
+        "split * kMatrices + matrix) * kQuads + q, cta",
+        "split * kMatrices) * kQuads + q, cta",
         "swiglu",
     ),
+    # The kernel for many tokens
+    Mutation("gemm_wrong_row_warp", GEMM, "warp / Shape::kTokenWarps % Shape", "warp % Shape", "gemm"),
+    Mutation("gemm_wrong_token_warp", GEMM, "warp % Shape::kTokenWarps;", "warp / Shape::kTokenWarps % 2;", "gemm"),
+    Mutation("gemm_wrong_split", GEMM, "static_cast<int>(blockIdx.x) / token_blocks;", "0;", "gemm"),
+    Mutation(
+        "gemm_slices_overlap", GEMM, "blocks) * (split + 1) / splits", "blocks) * (split + 1) / splits + 1", "gemm"
+    ),
+    Mutation(
+        "gemm_rows_past_the_weight", GEMM, "wanted < nm::blocks(n) ? wanted : nm::blocks(n) - 1", "wanted", "gemm"
+    ),
+    Mutation("gemm_wrong_row_block", GEMM, "(row_block) * blocks + first", "(row_block) + first", "gemm"),
+    Mutation("gemm_block_beyond_the_slice", GEMM, "left > round * Shape", "left >= round * Shape", "gemm"),
+    Mutation("gemm_a_round_too_few", GEMM, "Shape::kGroups - 1) / Shape::kGroups", "0) / Shape::kGroups", "gemm"),
+    Mutation("gemm_wrong_next_block", GEMM, "ring.next_round();\n        left", "left", "gemm"),
+    Mutation("gemm_same_block", GEMM, "block = block.after(Shape::kGroups);\n        ring", "ring", "gemm"),
+    Mutation(
+        "gemm_wrong_fragment", GEMM, "(i + Shape::kFragments - 1) % Shape", "(i + Shape::kFragments) % Shape", "gemm"
+    ),
+    Mutation("gemm_wrong_step", GEMM, "(x, n, 32 * kStep)", "(x, n, 16 * kStep)", "gemm"),
+    Mutation("gemm_wrong_token_block", GEMM, "x + static_cast<u64>(first_token) * k", "x", "gemm"),
+    Mutation(
+        "gemm_wrong_group_column",
+        GEMM,
+        "Shape::kWarpTokens, group * nm::kBlock);\n    Gemm",
+        "Shape::kWarpTokens, 0);\n    Gemm",
+        "gemm",
+    ),
+    Mutation(
+        "gemm_missing_barrier_before_sums",
+        GEMM,
+        "cp_async_wait<0>();\n    ptx::sync_cta();",
+        "cp_async_wait<0>();",
+        "gemm",
+    ),
+    Mutation("gemm_copies_in_flight_at_the_sums", GEMM, "ptx::cp_async_wait<0>();\n", "", "gemm"),
+    Mutation(
+        "gemm_missing_barrier_after_sums",
+        GEMM,
+        "Shape::kWarpTokens);\n    ptx::sync_cta();",
+        "Shape::kWarpTokens);",
+        "gemm",
+    ),
+    Mutation("gemm_rows_of_sums", GEMM, "group, row_warp * nm::kBlock, token", "group, row_warp * 0, token", "gemm"),
+    Mutation(
+        "gemm_tokens_of_sums",
+        GEMM,
+        "nm::kBlock, token_warp * Shape::kWarpTokens);\n    ptx",
+        "nm::kBlock, 0);\n    ptx",
+        "gemm",
+    ),
+    Mutation("gemm_shared_partials", GEMM, "partials + tile * splits", "partials + 0 * tile * splits", "gemm"),
+    Mutation("gemm_shared_counter", GEMM, "parts, counters + tile,", "parts, counters,", "gemm"),
+    Mutation("gemm_row_tail_not_dropped", GEMM, "if (row >= n) return;", "", "gemm"),
+    Mutation("gemm_bias_forgotten", GEMM, "add_bias(sum[0], bias, row, n);", "", "gemm"),
+    Mutation(
+        "gemm_output_of_another_token", GEMM, "q / Sum::kRowQuads, row, n)", "q % Sum::kRowQuads, row, n)", "gemm"
+    ),
+    Mutation(
+        "quads_of_another_pass",
+        SPLIT,
+        "const int q = first + i * kThreads;\n                if (q < end)",
+        "const int q = first;\n                if (q < end)",
+        "gemm",
+    ),
+    Mutation("ring_one_wait_late", RING, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>", "gemm"),
+    Mutation("ring_missing_barrier", RING, "ptx::sync_cta();", "", "gemm"),
+    Mutation("ring_missing_commit", RING, "ptx::cp_async_commit();", "", "gemm"),
+    Mutation("ring_never_wraps", RING, "return address < end ? address : address - kBytes;", "return address;", "gemm"),
+    Mutation(
+        "ring_tokens_past_the_last", RING, "wanted and token < tokens_left", "wanted and token <= tokens_left", "gemm"
+    ),
+    Mutation("ring_columns_past_the_last", RING, "columns_left > 0", "columns_left > -8", "gemm"),
+    Mutation("ring_slice_ignored", RING, "(last < stride ? last : stride) - first", "last - first", "gemm"),
+    Mutation("ring_same_columns", RING, "source += kColumns;", "", "gemm"),
+    Mutation("ring_columns_not_counted", RING, "columns_left -= kColumns;", "", "gemm"),
+    Mutation("ring_wrong_token", RING, "stride) * token,", "stride) * i,", "gemm"),
+    Mutation("ring_wrong_place", RING, "write + token * Tile::kRowBytes", "write + i * Tile::kRowBytes", "gemm"),
+    Mutation("ring_wrong_warp_token", RING, "(warp_token + thread % 8)", "(thread % 8)", "gemm"),
+    Mutation("ring_wrong_fragment_token", RING, "thread % 8) * Tile", "thread / 4 % 8) * Tile", "gemm"),
+    Mutation("ring_wrong_fragment_column", RING, "thread % 32 / 8 * 8", "thread % 32 / 16 * 8", "gemm"),
     # Packing
     Mutation("packed_row_half", PACK, "place.row + 8, place.column) << 16", "place.row, place.column) << 16", "pack"),
     Mutation("packed_halves_swapped", PACK, "lane / 4 + e / 2 % 2 * 8;", "lane / 4 + e / 4 * 8;", "pack"),

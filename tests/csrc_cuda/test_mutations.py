@@ -15,16 +15,28 @@ from mutations import LAYOUT, MUTATIONS, Mutation
 from nm_problem import Problem, bits, random_weight
 
 from wandapp_kernels.backends.cuda import fragment_layout
+from wandapp_kernels.backends.cuda.gemm_plan import NmGemmPlan, Tile
 from wandapp_kernels.backends.cuda.plan import THREADS, pack_grid, unpack_grid
 
-HEADERS = ("nm_layout.cuh", "activations.cuh", "split_k.cuh", "nm_decode.cuh", "nm_pack.cuh")
+# Those that others include come first.
+HEADERS = (
+    "nm_layout.cuh",
+    "nm_fragment.cuh",
+    "activations.cuh",
+    "activation_ring.cuh",
+    "output.cuh",
+    "split_k.cuh",
+    "nm_decode.cuh",
+    "nm_gemm.cuh",
+    "nm_pack.cuh",
+)
 COMPILED = [mutation for mutation in MUTATIONS if mutation.file != LAYOUT]
-ORIGINAL = [Mutation("original", "nm_decode.cuh", "", "", kernel) for kernel in ("decode", "swiglu", "pack")]
+ORIGINAL = [Mutation("original", "nm_decode.cuh", "", "", kernel) for kernel in ("decode", "swiglu", "gemm", "pack")]
 
 # What a kernel looks like from outside, in a namespace of its own.
 WRAPPERS = {
     "decode": """
-void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias, BFloat16* out, float* partials,
+void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias, BFloat16* out, float4* partials,
          u32* counters, int n, int k, int m, int splits) {
     nm_decode<BFloat16, 2, 1>({v, w}, {nullptr, nullptr}, x, bias, static_cast<const BFloat16*>(nullptr), out, partials,
                               counters, n, k, m, splits);
@@ -32,8 +44,14 @@ void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias
 const emulation::Kernel kernel("NAME", &run);""",
     "swiglu": """
 void run(const uint4* v, const uint4* w, const uint4* uv, const uint4* uw, const Half* x, const Half* bias,
-         const Half* up_bias, Half* out, float* partials, u32* counters, int n, int k, int m, int splits) {
+         const Half* up_bias, Half* out, float4* partials, u32* counters, int n, int k, int m, int splits) {
     nm_decode<Half, 1, 2>({v, w}, {uv, uw}, x, bias, up_bias, out, partials, counters, n, k, m, splits);
+}
+const emulation::Kernel kernel("NAME", &run);""",
+    "gemm": """
+void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias, BFloat16* out, float4* partials,
+         u32* counters, int n, int k, int m, int splits) {
+    nm_gemm<BFloat16, NmTile<2, 2, 2, 2, 3, 2>>({v, w}, x, bias, out, partials, counters, n, k, m, splits);
 }
 const emulation::Kernel kernel("NAME", &run);""",
     "pack": """
@@ -58,7 +76,7 @@ def write_mutant(mutation: Mutation, folder: Path) -> str:
             text = text.replace(mutation.old, mutation.new)
         # g++ takes equal files for one and the same under #pragma once.
         (place / header).write_text(f"{text}// {name}\n")
-    header = "nm_pack.cuh" if mutation.kernel == "pack" else "nm_decode.cuh"
+    header = {"pack": "nm_pack.cuh", "gemm": "nm_gemm.cuh"}.get(mutation.kernel, "nm_decode.cuh")
     return f'namespace {name} {{\n#include "{place / header}"\n{WRAPPERS[mutation.kernel].replace("NAME", name)}\n}}\n'
 
 
@@ -87,7 +105,7 @@ def problems(kernel: str) -> list[tuple[Problem, int, int]]:
         return [(Problem.random(18, 600, 3, torch.float16, pair=True, bias=True), 2, 0)]
     return [
         (Problem.random(70, 204, 20, bias=True), 3, 2),
-        (Problem.random(17, 84, 9), 1, 0),
+        (Problem.random(20, 84, 9), 1, 0),
         (Problem.random(17, 1240, 5, bias=True), 1, 1),
         (Problem.random(17, 680, 5), 2, 1),
         (Problem.random(5, 1100, 2), 1, 0),
@@ -104,6 +122,21 @@ def check_product(machine: Emulator, name: str, kernel: str) -> None:
         chosen = replace(chosen, token_tiles=tiles, token_blocks=token_blocks, counters=counters, partials=partials)
         launch = replace(problem.launch(chosen, order), kernel=name, shared_bytes=34816 // (3 - tiles))
         arrays = machine.run(launch)
+        problem.check(problem.output(arrays))
+        assert splits == 1 or not arrays[-1].any(), "a counter is left behind"
+
+
+def check_gemm(machine: Emulator, name: str) -> None:
+    tile = Tile(2, 2, 2, 2, 3)
+    for shape, splits, order in (
+        ((131, 204, 37), 2, 2),
+        ((66, 1240, 20), 1, 1),
+        ((40, 84, 33), 1, 0),
+        ((130, 600, 29), 3, 1),
+    ):
+        problem = Problem.random(*shape, bias=True)
+        chosen = NmGemmPlan(tile, -(-shape[2] // tile.tokens), -(-shape[0] // tile.rows), splits)
+        arrays = machine.run(replace(problem.gemm_launch(chosen, order), kernel=name))
         problem.check(problem.output(arrays))
         assert splits == 1 or not arrays[-1].any(), "a counter is left behind"
 
@@ -128,6 +161,8 @@ def check(machine: Emulator, mutation: Mutation) -> None:
     name = f"{mutation.name}_{mutation.kernel}"
     if mutation.kernel == "pack":
         check_packing(machine, name)
+    elif mutation.kernel == "gemm":
+        check_gemm(machine, name)
     else:
         check_product(machine, name, mutation.kernel)
 

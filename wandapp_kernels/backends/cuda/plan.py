@@ -32,7 +32,7 @@ class NmDecodePlan:
     """One launch of ``nm_decode_*`` (one matrix) or ``nm_swiglu_*`` (two).
 
     Attributes:
-        token_tiles: 8-token tiles of a CTA: 1, 2 or 4.
+        token_tiles: 8-token tiles of a CTA: 1 or 2, of a SwiGLU pair 4 too.
         token_blocks, row_blocks, splits: CTAs along M, N and K.
         shared_bytes: dynamic shared memory of a CTA (above 48 KiB the kernel's limit must be raised).
         partials: fp32 elements of the workspace; 0 where one CTA sums all of K.
@@ -67,7 +67,7 @@ def plan(n: int, k: int, m: int, multiprocessors: int, matrices: int = 1, splits
         matrices: 1, or 2 for a SwiGLU pair.
         splits: take this many (1 to the number of 64-column blocks) instead of the cheapest.
     """
-    token_tiles = 1 if m <= 8 else 2 if m <= 16 else 4
+    token_tiles = 1 if m <= 8 else 2 if m <= 16 or matrices == 1 else 4
     tokens = 8 * token_tiles
     token_blocks, row_blocks, column_blocks = -(-m // tokens), blocks(n), blocks(k)
     partial_bytes = tokens * BLOCK * 4 * matrices
