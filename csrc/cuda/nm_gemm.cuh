@@ -2,9 +2,10 @@
 //
 // The weight is the sparse A operand of mma.sp.m16n8k32 (16 output rows), the tokens are its 8 columns. A CTA owns a
 // tile of rows x tokens and a slice of K. Its warps stand in a grid of kRowWarps x kTokenWarps, each with 64 rows, and
-// kGroups such grids take the 64-column blocks of the slice in turn. Weights go straight into registers, kFragments - 1
-// blocks ahead; activations come by asynchronous copies into a ring of kStages buffers, one of them a round (kGroups
-// blocks), so that one barrier a round is enough. Partial sums meet in split_k.cuh in a fixed order.
+// kGroups such grids take the 64-column blocks of the slice in turn. Activations come by asynchronous copies into a ring of
+// kStages buffers, one of them a round (kGroups blocks), so that one barrier a round is enough. Weights go straight into
+// registers, kFragments - 1 blocks ahead; where kFragments is 1, they come through a ring as well, which warps with the
+// same rows share. Partial sums meet in split_k.cuh in a fixed order.
 //
 //     grid   (token blocks * splits, row blocks), token blocks first: CTAs that run together share weights
 //     block  kThreads, shared memory kSharedBytes
@@ -18,6 +19,7 @@
 #include "activation_ring.cuh"
 #include "nm_fragment.cuh"
 #include "nm_layout.cuh"
+#include "nm_weight_ring.cuh"
 #include "output.cuh"
 #include "ptx.cuh"
 #include "split_k.cuh"
@@ -36,43 +38,53 @@ struct NmTile {
     static constexpr int kWarpTokens = 8 * kTokenTiles;
     static constexpr int kTokens = kWarpTokens * kTokenWarps;
     static constexpr int kRoundColumns = nm::kBlock * kGroups;
+    static_assert(kFragments > 1 or kGroups == 1, "the ring of weights holds one column of blocks a round");
     // As many CTAs a multiprocessor as the registers of eight warps with 64 x 64 accumulators leave.
     static constexpr int kCtas = 256 / kThreads;
 };
 
-// The slice of K that a CTA multiplies, as one warp sees it.
+// The sums of a warp, and the activations they are made of.
 template <class T, class Shape>
 struct NmGemm {
     using Ring = ActivationRing<T, Shape::kTokens, Shape::kRoundColumns, Shape::kThreads, Shape::kStages>;
+    using WeightRing = NmWeightRing<Shape::kRowWarps, Shape::kThreads, Shape::kStages>;
     using Sum = SplitK<Shape::kRows, Shape::kTokens, 1, Shape::kGroups, Shape::kThreads>;
-    using Fragment = NmFragment<Shape::kTokenWarps>;
-    static constexpr int kSharedBytes = Ring::kBytes > Sum::kBytes ? Ring::kBytes : Sum::kBytes;
+    static constexpr int kRings = Ring::kBytes + (Shape::kFragments == 1 ? WeightRing::kBytes : 0);
+    static constexpr int kSharedBytes = kRings > Sum::kBytes ? kRings : Sum::kBytes;
 
-    NmMatrix block;  // the one this warp loads next
-    int left;        // blocks from this warp's current one to the end of the slice; every kGroups-th is this warp's
     Ring ring;
     float sums[nm::kRowTiles][Shape::kTokenTiles][4] = {};
 
-    __device__ __forceinline__ bool has(int round) const { return left > round * Shape::kGroups; }
-
-    template <int kStep>
+    template <int kStep, class Fragment>
     __device__ __forceinline__ void multiply(const Fragment& fragment) {
         fragment.template multiply<T, kStep>(
             sums, [&](u32(&x)[4], int n) { ring.load_fragment(x, n, 32 * kStep); });
     }
+};
+
+// A slice of K, as a warp sees it that loads its blocks straight into registers.
+template <class T, class Shape>
+struct NmSliceOfRegisters {
+    using Fragment = NmFragment<Shape::kTokenWarps>;
+
+    NmGemm<T, Shape>& gemm;
+    NmMatrix block;  // the one to be loaded next
+    int left;        // blocks from this warp's current one to the end of the slice; every kGroups-th is this warp's
+
+    __device__ __forceinline__ bool has(int round) const { return left > round * Shape::kGroups; }
 
     // Multiplies this round, for which `now` was loaded, while the blocks and the activations behind it are on their
     // way. The second half of `later` takes the registers that the first half of `now` leaves.
     __device__ __forceinline__ void advance(const Fragment& now, Fragment& later) {
         const bool more = has(Shape::kFragments - 1);
         if (more) later.load_first_half(block);
-        ring.wait();
-        ring.start_copy();
-        if (has(0)) multiply<0>(now);
+        gemm.ring.wait();
+        gemm.ring.start_copy();
+        if (has(0)) gemm.template multiply<0>(now);
         if (more) later.load_second_half(block);
-        if (has(0)) multiply<1>(now);
+        if (has(0)) gemm.template multiply<1>(now);
         block = block.after(Shape::kGroups);
-        ring.next_round();
+        gemm.ring.next_round();
         left -= Shape::kGroups;
     }
 
@@ -87,7 +99,7 @@ struct NmGemm {
             block = block.after(Shape::kGroups);
         }
 #pragma unroll 1
-        for (int stage = 0; stage < Shape::kStages - 1; ++stage) ring.start_copy();
+        for (int stage = 0; stage < Shape::kStages - 1; ++stage) gemm.ring.start_copy();
 #pragma unroll 1
         while (rounds > 0)
 #pragma unroll
@@ -95,6 +107,34 @@ struct NmGemm {
                 if (rounds-- == 0) return;
                 advance(fragments[i], fragments[(i + Shape::kFragments - 1) % Shape::kFragments]);
             }
+    }
+};
+
+// The same for a warp that shares its blocks with others, through shared memory.
+template <class T, class Shape>
+struct NmSliceOfShared {
+    NmGemm<T, Shape>& gemm;
+    typename NmGemm<T, Shape>::WeightRing weights;
+
+    __device__ __forceinline__ void start_copy() {
+        weights.start_copy();
+        gemm.ring.start_copy();  // commits both
+    }
+
+    __device__ __forceinline__ void run(int rounds) {
+#pragma unroll 1
+        for (int stage = 0; stage < Shape::kStages - 1; ++stage) start_copy();
+#pragma unroll 1
+        for (; rounds > 0; --rounds) {
+            NmFragment<> fragment;
+            gemm.ring.wait();
+            weights.load_fragment(fragment);
+            start_copy();
+            gemm.template multiply<0>(fragment);
+            gemm.template multiply<1>(fragment);
+            weights.next_round();
+            gemm.ring.next_round();
+        }
     }
 };
 
@@ -116,16 +156,25 @@ static __device__ __forceinline__ void nm_gemm(NmMatrix weight, const T* x, cons
     const int blocks = nm::blocks(k);
     u8* shared = ptx::dynamic_shared();
 
-    // Multiply. Of the last row block, rows beyond N are the weight's last 64 once more: nothing else is there to read.
+    // Multiply. Beyond the weight's last block of rows that block is read once more: nothing else is there.
     const int first = static_cast<int>(static_cast<long long>(blocks) * split / splits);
     const int end = static_cast<int>(static_cast<long long>(blocks) * (split + 1) / splits);
-    const int wanted = static_cast<int>(blockIdx.y) * Shape::kRowWarps + row_warp;
-    const int row_block = wanted < nm::blocks(n) ? wanted : nm::blocks(n) - 1;
-    const NmMatrix block = weight.after(static_cast<u64>(row_block) * blocks + first + group, threadIdx.x % 32);
-    typename Gemm::Ring ring(shared, x + static_cast<u64>(first_token) * k, tokens, k, first * nm::kBlock,
-                             end * nm::kBlock, token_warp * Shape::kWarpTokens, group * nm::kBlock);
-    Gemm gemm{block, end - first - group, ring};
-    gemm.run((end - first + Shape::kGroups - 1) / Shape::kGroups);
+    const int rounds = (end - first + Shape::kGroups - 1) / Shape::kGroups;
+    const int first_row = static_cast<int>(blockIdx.y) * Shape::kRowWarps;
+    const int last_row = nm::blocks(n) - 1 - first_row;
+    Gemm gemm{{shared, x + static_cast<u64>(first_token) * k, tokens, k, first * nm::kBlock, end * nm::kBlock,
+               token_warp * Shape::kWarpTokens, group * nm::kBlock}};
+    if constexpr (Shape::kFragments == 1) {
+        const u64 corner = static_cast<u64>(first_row) * blocks + first;
+        NmSliceOfShared<T, Shape> slice{
+            gemm, {shared + Gemm::Ring::kBytes, weight, corner, blocks, rounds, last_row, row_warp}};
+        slice.run(rounds);
+    } else {
+        const int row = first_row + (row_warp < last_row ? row_warp : last_row);
+        const u64 corner = static_cast<u64>(row) * blocks + first + group;
+        NmSliceOfRegisters<T, Shape> slice{gemm, weight.after(corner, threadIdx.x % 32), end - first - group};
+        slice.run(rounds);
+    }
 
     // Sum the groups, then the splits
     ptx::cp_async_wait<0>();

@@ -40,6 +40,15 @@ PTX_FUNCTION void store_shared(T* address, T value) {
     *address = value;
 }
 
+PTX_FUNCTION uint4 load_shared_128(SharedAddress address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address)
+                 : "memory");
+    return value;
+}
+
 // Where `take` is not 0, the 16 bits at `address`, which moves on by 2 bytes; else 0.
 PTX_FUNCTION u32 take_shared_16(SharedAddress& address, u32 take) {
     u32 value;

@@ -79,6 +79,16 @@ struct SplitK {
             }
     }
 
+    // The same quads, summed over the groups.
+    static __device__ __forceinline__ void cta_sums(float4 (&sums)[kAtOnce], const float* shared, int matrix, int first,
+                                                    int end) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int q = first + i * kThreads;
+            if (q < end) sums[i] = cta_sum(shared, matrix, q);
+        }
+    }
+
     // Calls store(q, sums) for every quad of the first `tokens` tokens, with one sum for each matrix. `shared` holds the
     // deposits; `partials`, where splits is more than 1, all parts.
     template <class Store>
@@ -87,18 +97,19 @@ struct SplitK {
         const int end = tokens * kRowQuads;
         for (int first = static_cast<int>(threadIdx.x); first < end; first += kAtOnce * kThreads) {
             float4 sums[kMatrices][kAtOnce];
-            if (splits > 1)
 #pragma unroll
-                for (int matrix = 0; matrix < kMatrices; ++matrix)
+            for (int matrix = 0; matrix < kMatrices; ++matrix)
+                if (splits > 1)
                     device_sum(sums[matrix], partials, splits, matrix, first, end);
+                else
+                    cta_sums(sums[matrix], shared, matrix, first, end);
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int q = first + i * kThreads;
                 if (q >= end) break;
                 float4 sum[kMatrices];
 #pragma unroll
-                for (int matrix = 0; matrix < kMatrices; ++matrix)
-                    sum[matrix] = splits > 1 ? sums[matrix][i] : cta_sum(shared, matrix, q);
+                for (int matrix = 0; matrix < kMatrices; ++matrix) sum[matrix] = sums[matrix][i];
                 store(q, sum);
             }
         }

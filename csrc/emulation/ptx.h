@@ -46,6 +46,8 @@ using SharedAddress = uintptr_t;
 
 inline SharedAddress shared_address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
+inline uint4 load_shared_128(SharedAddress address) { return load_shared(reinterpret_cast<const uint4*>(address)); }
+
 inline u32 take_shared_16(SharedAddress& address, u32 take) {
     if (take == 0) return 0;
     const u32 value = load_shared(reinterpret_cast<const u16*>(address));

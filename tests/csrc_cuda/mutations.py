@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` occurs once in `file` and becomes `new`. `kernel`: which one shows it: decode, swiglu, gemm or pack."""
+    """`old` occurs once in `file` and becomes `new`. `kernel`: which one shows it: decode, swiglu, gemm, gemm_shared
+    (weights through shared memory) or pack."""
 
     name: str
     file: str
@@ -17,7 +18,7 @@ class Mutation:
 
 
 DECODE, ACTIVATIONS, SPLIT, PACK = "nm_decode.cuh", "activations.cuh", "split_k.cuh", "nm_pack.cuh"
-FRAGMENT, OUTPUT, GEMM, RING = "nm_fragment.cuh", "output.cuh", "nm_gemm.cuh", "activation_ring.cuh"
+FRAGMENT, OUTPUT = "nm_fragment.cuh", "output.cuh"
 LAYOUT = "fragment_layout.py"
 
 MUTATIONS = [
@@ -108,86 +109,6 @@ MUTATIONS = [
         "split * kMatrices) * kQuads + q, cta",
         "swiglu",
     ),
-    # The kernel for many tokens
-    Mutation("gemm_wrong_row_warp", GEMM, "warp / Shape::kTokenWarps % Shape", "warp % Shape", "gemm"),
-    Mutation("gemm_wrong_token_warp", GEMM, "warp % Shape::kTokenWarps;", "warp / Shape::kTokenWarps % 2;", "gemm"),
-    Mutation("gemm_wrong_split", GEMM, "static_cast<int>(blockIdx.x) / token_blocks;", "0;", "gemm"),
-    Mutation(
-        "gemm_slices_overlap", GEMM, "blocks) * (split + 1) / splits", "blocks) * (split + 1) / splits + 1", "gemm"
-    ),
-    Mutation(
-        "gemm_rows_past_the_weight", GEMM, "wanted < nm::blocks(n) ? wanted : nm::blocks(n) - 1", "wanted", "gemm"
-    ),
-    Mutation("gemm_wrong_row_block", GEMM, "(row_block) * blocks + first", "(row_block) + first", "gemm"),
-    Mutation("gemm_block_beyond_the_slice", GEMM, "left > round * Shape", "left >= round * Shape", "gemm"),
-    Mutation("gemm_a_round_too_few", GEMM, "Shape::kGroups - 1) / Shape::kGroups", "0) / Shape::kGroups", "gemm"),
-    Mutation("gemm_wrong_next_block", GEMM, "ring.next_round();\n        left", "left", "gemm"),
-    Mutation("gemm_same_block", GEMM, "block = block.after(Shape::kGroups);\n        ring", "ring", "gemm"),
-    Mutation(
-        "gemm_wrong_fragment", GEMM, "(i + Shape::kFragments - 1) % Shape", "(i + Shape::kFragments) % Shape", "gemm"
-    ),
-    Mutation("gemm_wrong_step", GEMM, "(x, n, 32 * kStep)", "(x, n, 16 * kStep)", "gemm"),
-    Mutation("gemm_wrong_token_block", GEMM, "x + static_cast<u64>(first_token) * k", "x", "gemm"),
-    Mutation(
-        "gemm_wrong_group_column",
-        GEMM,
-        "Shape::kWarpTokens, group * nm::kBlock);\n    Gemm",
-        "Shape::kWarpTokens, 0);\n    Gemm",
-        "gemm",
-    ),
-    Mutation(
-        "gemm_missing_barrier_before_sums",
-        GEMM,
-        "cp_async_wait<0>();\n    ptx::sync_cta();",
-        "cp_async_wait<0>();",
-        "gemm",
-    ),
-    Mutation("gemm_copies_in_flight_at_the_sums", GEMM, "ptx::cp_async_wait<0>();\n", "", "gemm"),
-    Mutation(
-        "gemm_missing_barrier_after_sums",
-        GEMM,
-        "Shape::kWarpTokens);\n    ptx::sync_cta();",
-        "Shape::kWarpTokens);",
-        "gemm",
-    ),
-    Mutation("gemm_rows_of_sums", GEMM, "group, row_warp * nm::kBlock, token", "group, row_warp * 0, token", "gemm"),
-    Mutation(
-        "gemm_tokens_of_sums",
-        GEMM,
-        "nm::kBlock, token_warp * Shape::kWarpTokens);\n    ptx",
-        "nm::kBlock, 0);\n    ptx",
-        "gemm",
-    ),
-    Mutation("gemm_shared_partials", GEMM, "partials + tile * splits", "partials + 0 * tile * splits", "gemm"),
-    Mutation("gemm_shared_counter", GEMM, "parts, counters + tile,", "parts, counters,", "gemm"),
-    Mutation("gemm_row_tail_not_dropped", GEMM, "if (row >= n) return;", "", "gemm"),
-    Mutation("gemm_bias_forgotten", GEMM, "add_bias(sum[0], bias, row, n);", "", "gemm"),
-    Mutation(
-        "gemm_output_of_another_token", GEMM, "q / Sum::kRowQuads, row, n)", "q % Sum::kRowQuads, row, n)", "gemm"
-    ),
-    Mutation(
-        "quads_of_another_pass",
-        SPLIT,
-        "const int q = first + i * kThreads;\n                if (q < end)",
-        "const int q = first;\n                if (q < end)",
-        "gemm",
-    ),
-    Mutation("ring_one_wait_late", RING, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>", "gemm"),
-    Mutation("ring_missing_barrier", RING, "ptx::sync_cta();", "", "gemm"),
-    Mutation("ring_missing_commit", RING, "ptx::cp_async_commit();", "", "gemm"),
-    Mutation("ring_never_wraps", RING, "return address < end ? address : address - kBytes;", "return address;", "gemm"),
-    Mutation(
-        "ring_tokens_past_the_last", RING, "wanted and token < tokens_left", "wanted and token <= tokens_left", "gemm"
-    ),
-    Mutation("ring_columns_past_the_last", RING, "columns_left > 0", "columns_left > -8", "gemm"),
-    Mutation("ring_slice_ignored", RING, "(last < stride ? last : stride) - first", "last - first", "gemm"),
-    Mutation("ring_same_columns", RING, "source += kColumns;", "", "gemm"),
-    Mutation("ring_columns_not_counted", RING, "columns_left -= kColumns;", "", "gemm"),
-    Mutation("ring_wrong_token", RING, "stride) * token,", "stride) * i,", "gemm"),
-    Mutation("ring_wrong_place", RING, "write + token * Tile::kRowBytes", "write + i * Tile::kRowBytes", "gemm"),
-    Mutation("ring_wrong_warp_token", RING, "(warp_token + thread % 8)", "(thread % 8)", "gemm"),
-    Mutation("ring_wrong_fragment_token", RING, "thread % 8) * Tile", "thread / 4 % 8) * Tile", "gemm"),
-    Mutation("ring_wrong_fragment_column", RING, "thread % 32 / 8 * 8", "thread % 32 / 16 * 8", "gemm"),
     # Packing
     Mutation("packed_row_half", PACK, "place.row + 8, place.column) << 16", "place.row, place.column) << 16", "pack"),
     Mutation("packed_halves_swapped", PACK, "lane / 4 + e / 2 % 2 * 8;", "lane / 4 + e / 4 * 8;", "pack"),

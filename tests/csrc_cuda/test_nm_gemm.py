@@ -48,7 +48,9 @@ def test_awkward_shapes(emulator: Emulator, tile: str, n: int, k: int, m: int) -
     problem.check(problem.run_gemm(emulator, problem.gemm_plan(tile)))
 
 
-@pytest.mark.parametrize(("tile", "splits"), [("64x32", 2), ("128x32", 5), ("128x64", 3), ("128x128", 11)])
+@pytest.mark.parametrize(
+    ("tile", "splits"), [("64x32", 2), ("128x32", 5), ("128x64", 3), ("128x128", 11), ("256x128s", 4)]
+)
 def test_splits_in_any_order_give_the_same_bits(emulator: Emulator, tile: str, splits: int) -> None:
     problem = Problem.random(n=70, k=690, m=35, bias=True)
     forward = problem.run_gemm(emulator, problem.gemm_plan(tile, splits))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 
 from wandapp_kernels.backends.cuda.ahead import source_folder
@@ -39,8 +41,7 @@ def test_tiles_and_splits_that_were_asked_for_are_taken() -> None:
 def test_the_tiles_are_those_of_the_kernel() -> None:
     source = (source_folder() / "nm_gemm.cu").read_text()
     for name, tile in TILES.items():
-        shape = (tile.row_warps, tile.token_warps, tile.groups, tile.token_tiles, tile.stages)
-        assert f"Nm{name} = NmTile<{', '.join(map(str, shape))}, " in source
+        assert f"Nm{name} = NmTile<{', '.join(map(str, astuple(tile)))}>;" in source
     assert source.count("= NmTile<") == len(TILES)
 
 

@@ -39,6 +39,8 @@ class Tile:
         row_warps, token_warps, groups: warps along the rows (64 each), along the tokens, and along K.
         token_tiles: 8-token tiles of a warp.
         stages: buffers of activations.
+        fragments: blocks of weights in a warp's registers: the one it multiplies, and those on their way. Where it is
+            1, weights come through shared memory, in as many buffers as activations.
     """
 
     row_warps: int
@@ -46,6 +48,7 @@ class Tile:
     groups: int
     token_tiles: int
     stages: int
+    fragments: int
 
     @property
     def rows(self) -> int:
@@ -57,7 +60,7 @@ class Tile:
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{self.tokens}"
+        return f"{self.rows}x{self.tokens}{'s' if self.fragments == 1 else ''}"
 
     @property
     def threads(self) -> int:
@@ -66,19 +69,22 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA: the buffers, and later the groups' sums in their place."""
-        buffers = self.stages * self.tokens * (2 * BLOCK * self.groups + 16)
-        return max(buffers, self.groups * self.tokens * (self.rows + 4) * 4)
+        activations = self.tokens * (2 * BLOCK * self.groups + 16)
+        weights = self.row_warps * BLOCK_BYTES if self.fragments == 1 else 0
+        return max(self.stages * (activations + weights), self.groups * self.tokens * (self.rows + 4) * 4)
 
 
 TILES = {
     tile.name: tile
     for tile in (
-        Tile(1, 1, 8, 4, 2),
-        Tile(1, 1, 8, 8, 2),
-        Tile(2, 1, 4, 4, 4),
-        Tile(2, 1, 4, 8, 4),
-        Tile(2, 2, 1, 8, 4),
-        Tile(4, 2, 1, 8, 6),
+        Tile(1, 1, 8, 4, 2, 3),
+        Tile(1, 1, 8, 8, 2, 2),
+        Tile(2, 1, 4, 4, 4, 3),
+        Tile(2, 1, 4, 8, 4, 2),
+        Tile(2, 2, 1, 8, 4, 2),
+        Tile(4, 2, 1, 8, 6, 2),
+        Tile(2, 2, 1, 8, 3, 1),
+        Tile(4, 2, 1, 8, 4, 1),
     )
 }
 
