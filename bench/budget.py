@@ -180,7 +180,10 @@ def nm_gemm_budget(tokens: int, shape: tuple[int, int], gpu: Gpu) -> Budget:
         stack_bytes=compiled.stack_bytes,
         threads=tile.threads,
         shared_bytes=tile.shared_bytes,
-        ahead_bytes=(tile.fragments - 1) * plan.BLOCK_BYTES / tile.token_warps,
+        # Blocks on their way to the buffers of shared memory, or to registers.
+        ahead_bytes=((tile.stages - 1) if tile.fragments == 1 else tile.fragments - 1)
+        * plan.BLOCK_BYTES
+        / tile.token_warps,
     )
     readers = tile.token_warps * cut.token_blocks
     units = cut.row_blocks * tile.row_warps * blocks(columns) * readers

@@ -7,10 +7,10 @@ using Nm64x32 = NmTile<1, 1, 8, 4, 2, 3>;
 using Nm64x64 = NmTile<1, 1, 8, 8, 2, 2>;
 using Nm128x32 = NmTile<2, 1, 4, 4, 4, 3>;
 using Nm128x64 = NmTile<2, 1, 4, 8, 4, 2>;
-using Nm128x128 = NmTile<2, 2, 1, 8, 4, 2>;
-using Nm256x128 = NmTile<4, 2, 1, 8, 6, 2>;
 using Nm128x128s = NmTile<2, 2, 1, 8, 3, 1>;  // s: weights through shared memory
 using Nm256x128s = NmTile<4, 2, 1, 8, 4, 1>;
+using Nm128x128 = NmTile<2, 2, 1, 8, 4, 2>;
+using Nm256x128 = NmTile<4, 2, 1, 8, 6, 2>;
 
 #define NM_GEMM(NAME, T, TILE)                                                                                    \
     extern "C" __global__ void __launch_bounds__(Nm##TILE::kThreads, Nm##TILE::kCtas) nm_gemm_##NAME##_##TILE(    \

@@ -71,12 +71,12 @@ def test_nm_by_hand(without_compiler):
 def test_many_tokens_by_hand(monkeypatch):
     monkeypatch.setattr(budget, "disassemble", lambda *names: compiled("HMMA.SP.16832", 128, 142, 250))
     found = budget.nm_gemm_budget(128, (14336, 4096), budget.H100)
-    assert found.kernel.endswith("x128")
+    assert found.kernel == "nm_gemm_bf16_256x128s"
     assert found.weight_bytes == 224 * 64 * (4096 + 512)  # once, though two warps multiply each block
     assert found.units == 2 * 224 * 64
     assert found.mma == found.units * 64
     assert found.instructions == 270 / 2
-    assert found.in_flight_bytes == 8 * 4608 / 2  # eight warps a multiprocessor, two of them on the same block
+    assert found.in_flight_bytes == 3 * 4 * 4608  # the four blocks of three buffers
 
 
 def test_the_loop_is_the_smallest_one_with_all_tensor_core_instructions():

@@ -5,8 +5,8 @@ read again. Every tile and every number of splits has a predicted time, and the 
 
     max(bytes from memory, CTAs of the busiest multiprocessor · max(tensor cores, bytes from L2)) + starts + reduction
 
-Large tiles read less from L2, small ones fill the GPU and leave less to be reduced. The constants of the rule are those
-of an H100, as estimates; GPUs that differ in all of them alike choose alike.
+Large tiles read less from L2, small ones fill the GPU and leave less to be reduced; of equals the first in ``TILES`` is
+taken. The constants of the rule are those of an H100, as estimates; GPUs that differ in all of them alike choose alike.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ TILES = {
         Tile(1, 1, 8, 8, 2, 2),
         Tile(2, 1, 4, 4, 4, 3),
         Tile(2, 1, 4, 8, 4, 2),
-        Tile(2, 2, 1, 8, 4, 2),
-        Tile(4, 2, 1, 8, 6, 2),
         Tile(2, 2, 1, 8, 3, 1),
         Tile(4, 2, 1, 8, 4, 1),
+        Tile(2, 2, 1, 8, 4, 2),
+        Tile(4, 2, 1, 8, 6, 2),
     )
 }
 
