@@ -1,4 +1,4 @@
-"""Byte and instruction budgets of the CUDA decode kernels: ``python -m bench.budget``.
+"""Byte and instruction budgets of the CUDA kernels that multiply: ``python -m bench.budget``.
 
 Nothing here was measured. Counts come from the compiled kernels and from the shape; times are **predicted**: the
 longest of moving the bytes at the memory's rate, issuing the instructions (four a clock and multiprocessor), and the
@@ -18,6 +18,7 @@ from bench.disassembly import Compiled, disassemble
 from wandapp_kernels.backends.cuda import bitmap, plan
 from wandapp_kernels.backends.cuda.bitmap_layout import PANEL, panel_counts
 from wandapp_kernels.backends.cuda.fragment_layout import blocks
+from wandapp_kernels.backends.cuda.gemm_plan import plan_gemm
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.checkpoint.save import to_json
 from wandapp_kernels.report.tables import table
@@ -25,6 +26,7 @@ from wandapp_kernels.report.tables import table
 RESULTS = Path(__file__).parent / "results" / "budget.json"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # the linears of LLaMA-3-8B, [out, in]
 TOKENS = (1, 8, 16)
+MANY_TOKENS = (32, 64, 128)
 DENSITIES = (0.5, 0.4, 0.3)
 LATENCY = 700e-9  # seconds from a load to its data when memory is busy: an assumption
 DTYPE = torch.bfloat16
@@ -52,7 +54,7 @@ A100 = Gpu("A100", "sm_80", 108, 1.41e9, 2.04e12, 312e12, 164 * 1024, 163 * 1024
 
 @dataclass(frozen=True)
 class Loop:
-    """The main loop of a decode kernel, for one unit: the piece of weight that a warp takes at a time.
+    """The main loop of a kernel, for one unit: the piece of weight that a warp takes at a time.
 
     Attributes:
         instructions: issued by a warp for one unit.
@@ -85,6 +87,7 @@ class Budget:
     other_bytes: int
     dense_bytes: int
     mma: int
+    units: int
     instructions: float
     registers: int
     stack_bytes: int
@@ -161,6 +164,33 @@ def nm_budget(tokens: int, shape: tuple[int, int], gpu: Gpu) -> Budget:
     return _budget(name, loop, tokens, shape, 0.5, units, plan.BLOCK_BYTES, 2 * 4 * cut.partials, 8192, gpu)
 
 
+def nm_gemm_budget(tokens: int, shape: tuple[int, int], gpu: Gpu) -> Budget:
+    """The 2:4 kernel for many tokens; its unit is a block of 64 × 64 weights for the tokens of a warp.
+
+    Several warps that take the same block read it from memory once.
+    """
+    rows, columns = shape
+    cut = plan_gemm(rows, columns, tokens, gpu.multiprocessors, gpu.most_shared_of_cta)
+    tile, name = cut.tile, cut.kernel(DTYPE)
+    compiled = disassemble("nm_gemm", name, gpu.architecture)
+    loop = Loop(
+        instructions=_loop_counts(compiled, "HMMA.SP", 8 * tile.token_tiles),
+        mma=8 * tile.token_tiles,
+        registers=compiled.registers,
+        stack_bytes=compiled.stack_bytes,
+        threads=tile.threads,
+        shared_bytes=tile.shared_bytes,
+        # Blocks on their way to the buffers of shared memory, or to registers.
+        ahead_bytes=((tile.stages - 1) if tile.fragments == 1 else tile.fragments - 1)
+        * plan.BLOCK_BYTES
+        / tile.token_warps,
+    )
+    readers = tile.token_warps * cut.token_blocks
+    units = cut.row_blocks * tile.row_warps * blocks(columns) * readers
+    unit_bytes = plan.BLOCK_BYTES / readers
+    return _budget(name, loop, tokens, shape, 0.5, units, unit_bytes, 2 * 4 * cut.partials, 8192, gpu)
+
+
 def _budget(
     name: str,
     loop: Loop,
@@ -190,6 +220,7 @@ def _budget(
         other_bytes=activations + partial_bytes,
         dense_bytes=dense_bytes,
         mma=units * loop.mma,
+        units=units,
         instructions=loop.instructions,
         registers=loop.registers,
         stack_bytes=loop.stack_bytes,
@@ -211,6 +242,7 @@ def all_budgets() -> list[Budget]:
             for tokens in TOKENS:
                 found.append(nm_budget(tokens, shape, gpu))
                 found += [bitmap_budget(tokens, shape, density, gpu) for density in DENSITIES]
+            found += [nm_gemm_budget(tokens, shape, gpu) for tokens in MANY_TOKENS]
     return found
 
 
@@ -223,7 +255,6 @@ def budget_table(entries: list[dict[str, Any]]) -> str:
     rows = []
     for ours, other in zip(by_gpu[H100.name], by_gpu[A100.name], strict=True):
         kib = ours.weight_bytes / 1024
-        units = ours.mma / (8 if ours.tokens <= 8 else 16)
         rows.append(
             [
                 "2:4" if ours.kernel.startswith("nm") else "bitmap",
@@ -231,7 +262,7 @@ def budget_table(entries: list[dict[str, Any]]) -> str:
                 str(ours.tokens),
                 f"{ours.density:.0%}",
                 f"{ours.bytes_ratio:.4f}",
-                f"{ours.instructions * units / kib:.0f}",
+                f"{ours.instructions * ours.units / kib:.0f}",
                 str(ours.registers),
                 f"{ours.ctas_per_multiprocessor}",
                 f"{ours.in_flight_bytes / ours.needed_in_flight_bytes:.1f}",
@@ -241,7 +272,8 @@ def budget_table(entries: list[dict[str, Any]]) -> str:
     note = (
         "Predicted, never measured: the longest of bytes ÷ memory rate (H100 3.35 TB/s, A100 2.04 TB/s), instructions "
         "÷ issue rate, and tensor-core work; a launch, the first latency and the tail are left out. Registers, CTAs "
-        "and bytes in flight are of the H100; needed is rate × 700 ns for each multiprocessor. In brackets: the dense "
+        "and bytes in flight are of the H100, and so is the tile of many tokens; needed is rate × 700 ns for each "
+        "multiprocessor. In brackets: the dense "
         "weight's bytes at the memory rate."
     )
     return f"{table(headers, rows, markdown=True)}\n\n{note}"

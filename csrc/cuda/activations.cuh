@@ -14,7 +14,7 @@ struct ActivationTile {
     static constexpr int kTokenStep = kThreads / kVectors;
     static constexpr int kRowBytes = 16 * kRowVectors;
     static constexpr int kBytes = kTokens * kRowBytes;
-    static_assert(kThreads % kVectors == 0 and kVectors % 32 == 0, "a row is copied by whole warps");
+    static_assert(kThreads % kVectors == 0, "the threads copy whole rows");
 
     // Zeroes the rows of the tokens that do not exist; copies never write them.
     static __device__ __forceinline__ void clear_missing(u8* tile, int tokens) {
@@ -32,7 +32,7 @@ struct ActivationTile {
 
     // Starts to copy columns [first, last) of `tokens` tokens of an aligned x (which points at the first one), as one
     // group of asynchronous copies. last - first is at most kColumns and a multiple of 8; columns at or beyond `stride`
-    // become zero. A thread copies the same 8 columns of every kTokenStep-th token; a warp's lanes share the token.
+    // become zero. A thread copies the same 8 columns of every kTokenStep-th token.
     static __device__ __forceinline__ void start_copy(u8* tile, const T* x, int tokens, int stride, int first,
                                                       int last) {
         const int vector = static_cast<int>(threadIdx.x) % kVectors;

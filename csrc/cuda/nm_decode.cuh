@@ -8,47 +8,19 @@
 //
 //     grid   (splits * token blocks, row blocks), block 256 threads, shared memory kSharedBytes
 //     x [M, K], bias [N] or null, out [M, N]: row-major; values and metadata: nm_layout.cuh, 16-byte aligned
-//     partials: row blocks * token blocks * splits * matrices * 8 * kTokenTiles * 64 floats, unused where splits is 1
+//     partials: row blocks * token blocks * splits * matrices * 8 * kTokenTiles * 64 floats, 16-byte aligned, unused
+//     where splits is 1
 //     counters: row blocks * token blocks words, zero before the first launch; every launch leaves them zero
 #pragma once
 
 #include "activations.cuh"
+#include "nm_fragment.cuh"
 #include "nm_layout.cuh"
+#include "output.cuh"
 #include "ptx.cuh"
 #include "split_k.cuh"
 
 constexpr int kNmDecodeWarps = 8;
-
-// Fragment-ordered blocks; a warp's pointers are those of the lane in the block it loads next.
-struct NmMatrix {
-    const uint4* values;
-    const uint4* metadata;
-
-    __device__ __forceinline__ NmMatrix after(u64 blocks, int lane = 0) const {
-        return {values + blocks * nm::kLoads * nm::kLanes + lane, metadata + blocks * nm::kLanes + lane};
-    }
-};
-
-// One 64 x 64 block of weights as a lane holds it.
-struct NmFragment {
-    uint4 values[nm::kLoads];
-    uint4 metadata;
-
-    __device__ __forceinline__ void load_first_half(const NmMatrix& block) {
-        metadata = ptx::load_stream_128(block.metadata);
-        load_values<0>(block);
-    }
-
-    __device__ __forceinline__ void load_second_half(const NmMatrix& block) { load_values<1>(block); }
-
-  private:
-    template <int kStep>
-    __device__ __forceinline__ void load_values(const NmMatrix& block) {
-#pragma unroll
-        for (int i = kStep * nm::kRowTiles; i < (kStep + 1) * nm::kRowTiles; ++i)
-            values[i] = ptx::load_stream_128(block.values + i * nm::kLanes);
-    }
-};
 
 template <class T, int kTokenTiles, int kMatrices>
 struct NmDecode {
@@ -57,29 +29,18 @@ struct NmDecode {
     static constexpr int kThreads = 32 * kNmDecodeWarps;
     static constexpr int kRoundColumns = nm::kBlock * kGroups;
     using Tile = ActivationTile<T, kTokens, kRoundColumns, kThreads>;
-    using Sum = SplitK<kTokens, kMatrices, kGroups>;
+    using Sum = SplitK<nm::kBlock, kTokens, kMatrices, kGroups, kThreads>;
     static constexpr int kSharedBytes = 2 * Tile::kBytes > Sum::kBytes ? 2 * Tile::kBytes : Sum::kBytes;
 
     float sums[nm::kRowTiles][kTokenTiles][4] = {};
 
-    // sums += step kStep of the block (32 columns) times x; `column` is its first column in the tile.
-    template <int kStep>
-    __device__ __forceinline__ void multiply(const NmFragment& block, const u8* tile, int column) {
-        const uint4* values = block.values + kStep * nm::kRowTiles;
-#pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-            u32 x[4];
-            Tile::load_fragment(x, tile, n, column);
-            ptx::mma_sp_m16n8k32<T, kStep>(sums[0][n], values[0], x, block.metadata.x);
-            ptx::mma_sp_m16n8k32<T, kStep>(sums[1][n], values[1], x, block.metadata.y);
-            ptx::mma_sp_m16n8k32<T, kStep>(sums[2][n], values[2], x, block.metadata.z);
-            ptx::mma_sp_m16n8k32<T, kStep>(sums[3][n], values[3], x, block.metadata.w);
-        }
-    }
-
     static __device__ __forceinline__ float silu(float value) {
         constexpr float kLog2E = 1.4426950408889634f;
         return value / (1.0f + ptx::exp2_approx(-kLog2E * value));
+    }
+
+    static __device__ __forceinline__ float4 swiglu(const float4& gate, const float4& up) {
+        return make_float4(silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w);
     }
 };
 
@@ -106,6 +67,14 @@ struct NmSlice {
         Tile::start_copy(tiles + parity * Tile::kBytes, x, tokens, k, begin * nm::kBlock, last * nm::kBlock);
     }
 
+    // Step kStep of the block, whose first column in the tile is `column`.
+    template <int kStep>
+    static __device__ __forceinline__ void multiply(Decode& decode, const NmFragment<>& current, const u8* tile,
+                                                    int column) {
+        current.template multiply<T, kStep>(
+            decode.sums, [&](u32(&x)[4], int n) { Tile::load_fragment(x, tile, n, column); });
+    }
+
     __device__ __forceinline__ void next_round() {
         block = block.after(Decode::kGroups);
         first += Decode::kGroups;
@@ -114,23 +83,23 @@ struct NmSlice {
     // Multiplies this round, for which `current` was loaded, while `next` and the next activations are on their way.
     // The second half of `next` takes the registers that the first half of `current` leaves.
     template <int kParity>
-    __device__ __forceinline__ void advance(Decode& decode, const NmFragment& current, NmFragment& next) {
+    __device__ __forceinline__ void advance(Decode& decode, const NmFragment<>& current, NmFragment<>& next) {
         if (has(1)) next.load_first_half(block);
         ptx::cp_async_wait<0>();
         ptx::sync_cta();
         stage(1, 1 - kParity);
         if (has(0)) {
             const u8* tile = tiles + kParity * Tile::kBytes;
-            decode.template multiply<0>(current, tile, group * nm::kBlock);
+            multiply<0>(decode, current, tile, group * nm::kBlock);
             if (has(1)) next.load_second_half(block);
-            decode.template multiply<1>(current, tile, group * nm::kBlock + 32);
+            multiply<1>(decode, current, tile, group * nm::kBlock + 32);
         }
         next_round();
     }
 
     // Multiplies all of it.
     __device__ __forceinline__ void run(Decode& decode) {
-        NmFragment even, odd;
+        NmFragment<> even, odd;
         if (has(0)) {
             even.load_first_half(block);
             even.load_second_half(block);
@@ -154,11 +123,11 @@ struct NmSlice {
             Tile::copy_elements(tiles, x, tokens, k, first * nm::kBlock, last * nm::kBlock);
             ptx::sync_cta();
             if (not has(0)) continue;
-            NmFragment current;
+            NmFragment<> current;
             current.load_first_half(block);
             current.load_second_half(block);
-            decode.template multiply<0>(current, tiles, group * nm::kBlock);
-            decode.template multiply<1>(current, tiles, group * nm::kBlock + 32);
+            multiply<0>(decode, current, tiles, group * nm::kBlock);
+            multiply<1>(decode, current, tiles, group * nm::kBlock + 32);
         }
     }
 };
@@ -166,7 +135,7 @@ struct NmSlice {
 // `up` is used where kMatrices is 2 only; then `weight` is the gate.
 template <class T, int kTokenTiles, int kMatrices>
 static __device__ __forceinline__ void nm_decode(NmMatrix weight, NmMatrix up, const T* x, const T* bias,
-                                                 const T* up_bias, T* out, float* partials, u32* counters, int n,
+                                                 const T* up_bias, T* out, float4* partials, u32* counters, int n,
                                                  int k, int m, int splits) {
     using Decode = NmDecode<T, kTokenTiles, kMatrices>;
     using Sum = typename Decode::Sum;
@@ -199,24 +168,21 @@ static __device__ __forceinline__ void nm_decode(NmMatrix weight, NmMatrix up, c
     ptx::cp_async_wait<0>();
     ptx::sync_cta();
     float* deposits = reinterpret_cast<float*>(shared);
-    Sum::deposit(deposits, decode.sums);
+    Sum::deposit(deposits, decode.sums, warp, 0, 0);
     ptx::sync_cta();
     const u64 tile = static_cast<u64>(row_block) * (gridDim.x / splits) + token_block;
-    float* parts = partials + tile * splits * kMatrices * Sum::kElements;
+    float4* parts = partials + tile * splits * kMatrices * Sum::kQuads;
     if (splits > 1 and not Sum::publish(deposits, parts, counters + tile, split, splits, tokens)) return;
 
     // Store
-    for (int e = static_cast<int>(threadIdx.x); e < tokens * Sum::kRows; e += Decode::kThreads) {
-        const int row = row_block * nm::kBlock + e % Sum::kRows;
-        if (row >= n) continue;
-        float value[kMatrices];
-#pragma unroll
-        for (int matrix = 0; matrix < kMatrices; ++matrix) {
-            value[matrix] = splits > 1 ? Sum::device_sum(parts, splits, matrix, e) : Sum::cta_sum(deposits, matrix, e);
-            const T* term = matrix == 0 ? bias : up_bias;
-            if (term != nullptr) value[matrix] += ptx::to_float(ptx::load_constant(term + row));
+    Sum::finish(deposits, parts, splits, tokens, [&](int q, float4 (&sum)[kMatrices]) {
+        const int row = row_block * nm::kBlock + q % Sum::kRowQuads * 4;
+        if (row >= n) return;
+        add_bias(sum[0], bias, row, n);
+        if constexpr (kMatrices == 2) {
+            add_bias(sum[1], up_bias, row, n);
+            sum[0] = Decode::swiglu(sum[0], sum[1]);
         }
-        if constexpr (kMatrices == 2) value[0] = Decode::silu(value[0]) * value[1];
-        out[static_cast<u64>(first_token + e / Sum::kRows) * n + row] = ptx::from_float<T>(value[0]);
-    }
+        store_rows(out, sum[0], static_cast<u64>(first_token) + q / Sum::kRowQuads, row, n);
+    });
 }

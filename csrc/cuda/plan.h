@@ -1,12 +1,13 @@
 // How nm_decode is cut over a GPU: the launch as a pure function of the shape. plan.py is the same in Python.
 //
 // One CTA owns 64 rows, one block of tokens and 1/splits of K. More splits fill the GPU evenly, but their partial sums
-// are written, awaited and read again. The cost of a choice is counted in bytes that the busiest multiprocessor reads;
-// what is not bytes (a CTA's start, the wait for the last CTA) is entered as the bytes that pass meanwhile.
+// are written, awaited and read again. The cost of a choice is counted in bytes that a multiprocessor reads: its even share
+// of the weight, or what the busiest one reads where that takes longer, since one alone is faster than one among all; what
+// is not bytes (a CTA's start, the wait for the last CTA) is entered as the bytes that pass meanwhile.
 #pragma once
 
 struct NmDecodePlan {
-    int token_tiles;   // of 8 tokens, in a CTA: 1, 2 or 4
+    int token_tiles;   // of 8 tokens, in a CTA: 1 or 2, of a SwiGLU pair 4 too
     int token_blocks;  // CTAs along M
     int row_blocks;    // CTAs along N
     int splits;        // CTAs along K
@@ -28,10 +29,11 @@ constexpr long long ceil_divide(long long a, long long b) { return (a + b - 1) /
 constexpr long long cost(long long row_blocks, long long column_blocks, long long token_blocks, long long tokens,
                          long long matrices, long long multiprocessors, long long splits) {
     const long long ctas = ceil_divide(row_blocks * token_blocks * splits, multiprocessors);
-    const long long weights = ceil_divide(column_blocks, splits) * matrices * kBlockBytes;
+    const long long share = row_blocks * token_blocks * column_blocks * matrices * kBlockBytes / multiprocessors;
+    const long long busiest = ctas * ceil_divide(column_blocks, splits) * matrices * kBlockBytes * 4 / 7;
     const long long partial = tokens * 64 * 4 * matrices;
     const long long reduction = splits == 1 ? 0 : kWaitBytes + (ctas + splits) * partial;
-    return ctas * (weights + kStartBytes) + reduction;
+    return (share > busiest ? share : busiest) + ctas * kStartBytes + reduction;
 }
 
 }  // namespace nm_plan
@@ -39,7 +41,7 @@ constexpr long long cost(long long row_blocks, long long column_blocks, long lon
 // y [m, n] = x [m, k] W^T for `matrices` weights (1, or 2 for a SwiGLU pair) on a GPU with `multiprocessors`.
 constexpr NmDecodePlan plan_nm_decode(int n, int k, int m, int multiprocessors, int matrices) {
     NmDecodePlan plan{};
-    plan.token_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
+    plan.token_tiles = m <= 8 ? 1 : m <= 16 or matrices == 1 ? 2 : 4;
     const int tokens = 8 * plan.token_tiles;
     plan.token_blocks = static_cast<int>(nm_plan::ceil_divide(m, tokens));
     plan.row_blocks = static_cast<int>(nm_plan::ceil_divide(n, 64));

@@ -40,6 +40,15 @@ PTX_FUNCTION void store_shared(T* address, T value) {
     *address = value;
 }
 
+PTX_FUNCTION uint4 load_shared_128(SharedAddress address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address)
+                 : "memory");
+    return value;
+}
+
 // Where `take` is not 0, the 16 bits at `address`, which moves on by 2 bytes; else 0.
 PTX_FUNCTION u32 take_shared_16(SharedAddress& address, u32 take) {
     u32 value;
@@ -56,19 +65,24 @@ PTX_FUNCTION u32 take_shared_16(SharedAddress& address, u32 take) {
 
 // Four 8x8 tiles of 16-bit elements (9.7.14.5.15): lane 8i + r gives the address of row r (16 bytes) of tile i; lane
 // 4g + t receives elements 2t, 2t+1 of row g of tile i in destination[i].
-PTX_FUNCTION void ldmatrix_x4(u32 (&destination)[4], const void* row) {
+PTX_FUNCTION void ldmatrix_x4(u32 (&destination)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(destination[0]), "=r"(destination[1]), "=r"(destination[2]), "=r"(destination[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
+
+PTX_FUNCTION void ldmatrix_x4(u32 (&destination)[4], const void* row) { ldmatrix_x4(destination, shared_address(row)); }
 
 // Asynchronous copies (9.7.9.25.3) -----------------------------------------------------------------------------------
 
 // 16 bytes of shared memory: the first `bytes` (0 to 16) come from global memory, the others become zero.
+PTX_FUNCTION void cp_async_16(SharedAddress shared, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 PTX_FUNCTION void cp_async_16(void* shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+    cp_async_16(shared_address(shared), global, bytes);
 }
 
 // 16 bytes, where `wanted`; a predicate instead of a branch, so that neighbouring copies share their address.
@@ -94,6 +108,15 @@ PTX_FUNCTION void cp_async_wait() {
 PTX_FUNCTION uint4 load_stream_128(const uint4* address) {
     uint4 value;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
+    return value;
+}
+
+// The same where several warps of a CTA read the bytes: kept in L1 for those that come later.
+PTX_FUNCTION uint4 load_shared_by_warps_128(const uint4* address) {
+    uint4 value;
+    asm volatile("ld.global.nc.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(address));
     return value;
@@ -129,6 +152,22 @@ PTX_FUNCTION void store_partial(float* address, float value) {
 PTX_FUNCTION float load_partial(const float* address) {
     float value;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// Four of them at once.
+PTX_FUNCTION void store_partials(float4* address, const float4& value) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value.x), "f"(value.y), "f"(value.z),
+                 "f"(value.w)
+                 : "memory");
+}
+
+PTX_FUNCTION float4 load_partials(const float4* address) {
+    float4 value;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "l"(address)
+                 : "memory");
     return value;
 }
 

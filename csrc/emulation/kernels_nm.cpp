@@ -22,15 +22,18 @@ const Kernel pack("nm_pack", &nm_pack);
 const Kernel unpack("nm_unpack", &nm_unpack);
 const Kernel decompress("nm_decompress", &nm_decompress);
 
-#define REGISTER(NAME)                                         \
-    const Kernel decode_##NAME("nm_decode_" #NAME, &nm_decode_##NAME); \
-    const Kernel swiglu_##NAME("nm_swiglu_" #NAME, &nm_swiglu_##NAME)
+#define DECODE(NAME) const Kernel decode_##NAME("nm_decode_" #NAME, &nm_decode_##NAME)
+#define SWIGLU(NAME) const Kernel swiglu_##NAME("nm_swiglu_" #NAME, &nm_swiglu_##NAME)
 
-REGISTER(fp16_8);
-REGISTER(fp16_16);
-REGISTER(fp16_32);
-REGISTER(bf16_8);
-REGISTER(bf16_16);
-REGISTER(bf16_32);
+DECODE(fp16_8);
+DECODE(fp16_16);
+DECODE(bf16_8);
+DECODE(bf16_16);
+SWIGLU(fp16_8);
+SWIGLU(fp16_16);
+SWIGLU(fp16_32);
+SWIGLU(bf16_8);
+SWIGLU(bf16_16);
+SWIGLU(bf16_32);
 
 }  // namespace

@@ -46,6 +46,8 @@ using SharedAddress = uintptr_t;
 
 inline SharedAddress shared_address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
+inline uint4 load_shared_128(SharedAddress address) { return load_shared(reinterpret_cast<const uint4*>(address)); }
+
 inline u32 take_shared_16(SharedAddress& address, u32 take) {
     if (take == 0) return 0;
     const u32 value = load_shared(reinterpret_cast<const u16*>(address));
@@ -68,12 +70,20 @@ inline void ldmatrix_x4(u32 (&destination)[4], const void* row) {
     std::memcpy(destination, result.r, sizeof result.r);
 }
 
+inline void ldmatrix_x4(u32 (&destination)[4], SharedAddress row) {
+    ldmatrix_x4(destination, reinterpret_cast<const void*>(row));
+}
+
 // Asynchronous copies ------------------------------------------------------------------------------------------------
 
 inline void cp_async_16(void* shared, const void* global, int bytes) {
     detail::require_alignment(global, 16, "cp.async");
     if (bytes < 0 or bytes > 16) emulation::fail("cp.async of " + std::to_string(bytes) + " bytes");
     detail::shared().start_copy({0, static_cast<const u8*>(global), bytes}, shared);
+}
+
+inline void cp_async_16(SharedAddress shared, const void* global, int bytes) {
+    cp_async_16(reinterpret_cast<void*>(shared), global, bytes);
 }
 
 inline void cp_async_16_if(bool wanted, SharedAddress shared, const void* global) {
@@ -98,6 +108,7 @@ void cp_async_wait() {
 // Global memory ------------------------------------------------------------------------------------------------------
 
 inline uint4 load_stream_128(const uint4* address) { return detail::load_aligned(address); }
+inline uint4 load_shared_by_warps_128(const uint4* address) { return detail::load_aligned(address); }
 inline uint2 load_stream_64(const uint2* address) { return detail::load_aligned(address); }
 inline u32 load_stream_32(const u32* address) { return detail::load_aligned(address); }
 
@@ -116,6 +127,16 @@ inline void store_partial(float* address, float value) {
 }
 
 inline float load_partial(const float* address) { return detail::load_aligned(address); }
+
+inline void store_partials(float4* address, const float4& value) {
+    detail::require_alignment(address, sizeof(float4), "global store");
+    store_partial(&address->x, value.x);
+    store_partial(&address->y, value.y);
+    store_partial(&address->z, value.z);
+    store_partial(&address->w, value.w);
+}
+
+inline float4 load_partials(const float4* address) { return detail::load_aligned(address); }
 
 inline void prefetch_l2(const void*) {}
 

@@ -19,7 +19,8 @@ from wandapp_kernels.backends.cuda.ahead import source_folder
 from wandapp_kernels.backends.cuda.bitmap import CudaBitmapBackend, bitmap_decode, decompress, plan_decode
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout, panel_counts
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
-from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_swiglu, nm_swiglu_refusal
+from wandapp_kernels.backends.cuda.gemm_plan import plan_gemm
+from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_gemm, nm_swiglu, nm_swiglu_refusal
 from wandapp_kernels.backends.cuda.plan import plan
 from wandapp_kernels.errors import KernelError, SparsityError
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
@@ -151,6 +152,44 @@ def test_a_weight_that_does_not_fit_is_not_bound_to_a_launch(gpu):
         with pytest.raises(KernelError, match="bias"):
             call(x, (tensors, bias))
     assert not gpu.launches
+
+
+def test_gemm_launch(gpu):
+    tensors, x = nm_weight(), torch.randn(33, 264).bfloat16()
+    out = nm_gemm(x, tensors, None, (40, 264))
+    (launch,) = gpu.launches
+    cut = plan_gemm(40, 264, 33, 132, launcher.shared_memory(x.device))
+    assert launch.name == cut.kernel(torch.bfloat16)
+    assert launch.grid == cut.grid
+    assert (launch.block, launch.shared) == ((cut.tile.threads, 1, 1), cut.tile.shared_bytes)
+    assert list(launch.arguments[:5]) == pointers(*tensors, x, None, out)
+    assert list(launch.arguments[-4:]) == [40, 264, 33, cut.splits]
+
+
+def test_gemm_takes_the_tile_and_the_splits_it_is_told(gpu):
+    nm_gemm(torch.randn(33, 264).bfloat16(), nm_weight(), None, (40, 264), tile="128x128", splits=5)
+    (launch,) = gpu.launches
+    assert launch.name == "nm_gemm_bf16_128x128"
+    assert launch.grid == (5, 1, 1)
+    assert launch.arguments[-1] == 5
+
+
+def test_gemm_copies_activations_that_16_byte_loads_cannot_read(gpu):
+    odd = torch.randn(20, 260).bfloat16()
+    nm_gemm(odd, nm_weight(40, 260), None, (40, 260))
+    view = torch.randn(1 + 20 * 264).bfloat16()[1:].view(20, 264)
+    nm_gemm(view, nm_weight(), None, (40, 264))
+    first, second = gpu.launches
+    assert first.arguments[-3] == 264
+    for launch, x in ((first, odd), (second, view)):
+        assert launch.arguments[2] % 16 == 0
+        assert launch.arguments[2] != x.data_ptr()
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(16, "nm_decode_bf16_16"), (17, "nm_gemm_bf16_")])
+def test_the_backend_calls_the_kernel_for_so_many_tokens(gpu, tokens, kernel):
+    CudaNMBackend().run(torch.randn(tokens, 264).bfloat16(), nm_weight(), None, (40, 264), None)
+    assert gpu.launches[0].name.startswith(kernel)
 
 
 def test_swiglu_launch(gpu):
@@ -370,6 +409,8 @@ def test_wrong_activations_are_refused_before_the_launch(gpu, x, bias):
         bitmap_decode(x, bitmap_weight(16, 128), bias, (16, 128))
     with pytest.raises(KernelError):
         nm_decode(x[:, :0], nm_weight(16, 128), bias, (16, 128))
+    with pytest.raises(KernelError):
+        nm_gemm(x[:, :0], nm_weight(16, 128), bias, (16, 128))
     assert not gpu.launches
 
 
@@ -393,7 +434,8 @@ def test_supports_says_why_not(gpu, monkeypatch):
     assert backend.supports(problem()) is None
     assert CudaNMBackend().supports(problem(operator="nm_linear", pattern="2:4")) is None
     assert "16 tokens" in backend.supports(problem(tokens=32))
-    assert "64 tokens" in CudaNMBackend().supports(problem(pattern="2:4", tokens=128))
+    assert CudaNMBackend().supports(problem(operator="nm_linear", pattern="2:4", tokens=4096)) is None
+    assert "4096 tokens" in CudaNMBackend().supports(problem(pattern="2:4", tokens=8192))
     assert "2:4 only" in CudaNMBackend().supports(problem(pattern="4:8"))
     assert "float16 and bfloat16" in backend.supports(problem(dtype=torch.float32))
     assert "on cpu" in backend.supports(problem(device="cpu"))
@@ -440,4 +482,4 @@ def test_the_constants_are_those_of_the_kernel():
     assert "kSlabRows = 16;" in panel
     assert "kPanelColumns = 128;" in panel
     assert bitmap.SLOT_BYTES == 32 * 8 + 16 * 128 * 2
-    assert nm_backend.MOST_TOKENS % 32 == 0
+    assert nm_backend.SWIGLU_TOKENS % 32 == 0

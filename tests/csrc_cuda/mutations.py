@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` occurs once in `file` and becomes `new`. `kernel`: which one shows it: decode, swiglu or pack."""
+    """`old` occurs once in `file` and becomes `new`. `kernel`: which one shows it: decode, swiglu, gemm, gemm_shared
+    (weights through shared memory) or pack."""
 
     name: str
     file: str
@@ -17,18 +18,17 @@ class Mutation:
 
 
 DECODE, ACTIVATIONS, SPLIT, PACK = "nm_decode.cuh", "activations.cuh", "split_k.cuh", "nm_pack.cuh"
+FRAGMENT, OUTPUT = "nm_fragment.cuh", "output.cuh"
 LAYOUT = "fragment_layout.py"
 
 MUTATIONS = [
     # Weights
-    Mutation(
-        "swapped_steps", DECODE, "block.values + kStep * nm::kRowTiles", "block.values + (1 - kStep) * nm::kRowTiles"
-    ),
-    Mutation("wrong_selector", DECODE, "<T, kStep>(sums[1]", "<T, 1 - kStep>(sums[1]"),
-    Mutation("wrong_metadata_word", DECODE, "x, block.metadata.z)", "x, block.metadata.w)"),
-    Mutation("wrong_row_tile", DECODE, "(sums[2][n], values[2]", "(sums[2][n], values[3]"),
-    Mutation("wrong_load", DECODE, "block.values + i * nm::kLanes", "block.values + (i ^ 1) * nm::kLanes"),
-    Mutation("half_a_block", DECODE, "i < (kStep + 1) * nm::kRowTiles", "i < (kStep + 1) * nm::kRowTiles - 1"),
+    Mutation("swapped_steps", FRAGMENT, "= values + kStep * nm::kRowTiles", "= values + (1 - kStep) * nm::kRowTiles"),
+    Mutation("wrong_selector", FRAGMENT, "<T, kStep>(sums[1]", "<T, 1 - kStep>(sums[1]"),
+    Mutation("wrong_metadata_word", FRAGMENT, "x, metadata.z)", "x, metadata.w)"),
+    Mutation("wrong_row_tile", FRAGMENT, "(sums[2][n], step[2]", "(sums[2][n], step[3]"),
+    Mutation("wrong_load", FRAGMENT, "block.values + i * nm::kLanes", "block.values + (i ^ 1) * nm::kLanes"),
+    Mutation("half_a_block", FRAGMENT, "i < (kStep + 1) * nm::kRowTiles", "i < (kStep + 1) * nm::kRowTiles - 1"),
     Mutation("wrong_lane", DECODE, ".after(first_block, threadIdx.x % 32)", ".after(first_block, threadIdx.x % 16)"),
     Mutation("block_beyond_the_slice", DECODE, "Decode::kGroups + group < end; }", "Decode::kGroups + group <= end; }"),
     Mutation(
@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     # Activations
     Mutation(
-        "wrong_column", DECODE, "(current, tile, group * nm::kBlock + 32)", "(current, tile, group * nm::kBlock + 16)"
+        "wrong_column", DECODE, "current, tile, group * nm::kBlock + 32)", "current, tile, group * nm::kBlock + 16)"
     ),
     Mutation("missing_wait", DECODE, "ptx::cp_async_wait<0>();\n        ptx::sync_cta();", "ptx::sync_cta();"),
     Mutation("missing_barrier", DECODE, "cp_async_wait<0>();\n        ptx::sync_cta();", "cp_async_wait<0>();"),
@@ -65,10 +65,12 @@ MUTATIONS = [
     ),
     # Sums
     Mutation("missing_barrier_before_sums", DECODE, "cp_async_wait<0>();\n    ptx::sync_cta();", "cp_async_wait<0>();"),
-    Mutation("missing_barrier_after_sums", DECODE, "decode.sums);\n    ptx::sync_cta();", "decode.sums);"),
+    Mutation("missing_barrier_after_sums", DECODE, "warp, 0, 0);\n    ptx::sync_cta();", "warp, 0, 0);"),
     Mutation("wrong_row_half", SPLIT, "+ 8 * (i / 2)", "+ 8 * (i % 2)"),
-    Mutation("wrong_token_of_sum", SPLIT, "2 * (lane % 4) + i % 2", "2 * (lane % 4) + i / 2"),
+    Mutation("wrong_token_of_sum", SPLIT, "(8 * n + i % 2) * kStride", "(8 * n + i / 2) * kStride"),
+    Mutation("wrong_slab", SPLIT, "shared + slab * kSlab +", "shared + (slab ^ 1) / 2 * kSlab +"),
     Mutation("a_warp_forgotten", SPLIT, "group < kGroups; ++group", "group < kGroups - 1; ++group"),
+    Mutation("a_warp_twice", SPLIT, "int group = 1; group < kGroups", "int group = 0; group < kGroups"),
     Mutation("missing_fence", SPLIT, "ptx::fence_device();\n        ptx::sync_cta();", "ptx::sync_cta();"),
     Mutation("missing_barrier_of_splits", SPLIT, "fence_device();\n        ptx::sync_cta();", "fence_device();"),
     Mutation(
@@ -84,21 +86,27 @@ MUTATIONS = [
     ),
     Mutation("shared_counter", DECODE, "parts, counters + tile,", "parts, counters,"),
     # Output
-    Mutation("row_tail_not_dropped", DECODE, "if (row >= n) continue;", ""),
-    Mutation("token_tail_not_dropped", DECODE, "e < tokens * Sum::kRows; e +=", "e < Sum::kElements; e +="),
-    Mutation("bias_forgotten", DECODE, "if (term != nullptr) value", "if (term == nullptr) value"),
-    Mutation("bias_of_another_row", DECODE, "load_constant(term + row)", "load_constant(term + row / 2)"),
-    Mutation("one_bias_for_both", DECODE, "matrix == 0 ? bias : up_bias", "bias", "swiglu"),
-    Mutation("silu_of_up", DECODE, "silu(value[0]) * value[1]", "silu(value[1]) * value[0]", "swiglu"),
+    Mutation("row_tail_not_dropped", DECODE, "if (row >= n) return;", ""),
+    Mutation("row_tail_of_a_quad_not_dropped", OUTPUT, "if (row + i < n) target[i]", "target[i]"),
+    Mutation("quads_where_rows_are_not_aligned", OUTPUT, "if (n % 4 == 0)", "if (n > 0)"),
+    Mutation("quad_halves_swapped", OUTPUT, "(rounded[1].bits) << 16", "(rounded[3].bits) << 16"),
+    Mutation("token_tail_not_dropped", SPLIT, "end = tokens * kRowQuads", "end = kQuads"),
+    Mutation("bias_forgotten", OUTPUT, "if (bias == nullptr) return;", "if (bias != nullptr) return;"),
+    Mutation("bias_of_another_row", OUTPUT, "load_constant(bias + row))", "load_constant(bias + row / 2))"),
+    Mutation("bias_of_another_quad_row", OUTPUT, "load_constant(bias + row + 2)", "load_constant(bias + row + 1)"),
+    Mutation("bias_past_the_last_row", OUTPUT, "if (row + 3 < n) value.w", "value.w"),
+    Mutation("one_bias_for_both", DECODE, "add_bias(sum[1], up_bias", "add_bias(sum[1], bias", "swiglu"),
+    Mutation("silu_of_up", DECODE, "silu(gate.x) * up.x", "silu(up.x) * gate.x", "swiglu"),
+    Mutation("silu_of_up_last", DECODE, "silu(gate.w) * up.w", "silu(up.w) * gate.w", "swiglu"),
     Mutation("gate_and_up_swapped", DECODE, "Decode::kGroups ? up : weight", "Decode::kGroups ? weight : up", "swiglu"),
     Mutation(
-        "up_summed_from_gate", SPLIT, "shared + (matrix * kGroups * kTokens", "shared + (0 * matrix * kTokens", "swiglu"
+        "up_summed_from_gate", SPLIT, "shared + matrix * kGroups * kSlab", "shared + 0 * matrix * kSlab", "swiglu"
     ),
     Mutation(
         "partials_of_one_matrix",
         SPLIT,
-        "split * kMatrices + matrix) * kElements + e, cta",
-        "split * kMatrices) * kElements + e, cta",
+        "split * kMatrices + matrix) * kQuads + q, cta",
+        "split * kMatrices) * kQuads + q, cta",
         "swiglu",
     ),
     # Packing

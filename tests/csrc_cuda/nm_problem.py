@@ -1,4 +1,4 @@
-"""2:4 problems for the decode kernel: random ones, their float64 answer, and their launch in the emulation."""
+"""2:4 problems for the kernels: random ones, their float64 answer, and their launch in the emulation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from emulator import Argument, Emulator, Launch, Same, Unaligned
 
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
+from wandapp_kernels.backends.cuda.gemm_plan import NmGemmPlan, plan_gemm
 from wandapp_kernels.backends.cuda.plan import THREADS, NmDecodePlan, plan
 from wandapp_kernels.sparsity.nm_weight import NMWeight
 
 LAYOUT = FragmentLayout()
+MOST_SHARED = 227 * 1024  # bytes a CTA of an H100 may ask for
 NIBBLES = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -108,10 +110,39 @@ class Problem:
         return Launch(name, chosen.grid, THREADS, chosen.shared_bytes, arguments, order)
 
     def run(self, emulator: Emulator, chosen: NmDecodePlan | None = None, **options: int) -> torch.Tensor:
-        """y as the emulated kernel computes it."""
+        """y as the emulated decode kernel computes it."""
         launch = self.launch(chosen or self.chosen(), **options)
         arrays = emulator.run(launch)
         return self.output(arrays)
+
+    def gemm_plan(self, tile: str, splits: int = 1) -> NmGemmPlan:
+        return plan_gemm(*self.shape, 132, MOST_SHARED, tile, splits)
+
+    def gemm_launch(self, chosen: NmGemmPlan, order: int = 0) -> Launch:
+        """The launch of the kernel for many tokens; outputs and workspace start as NaN, counters as zero."""
+        n, k, m = self.shape
+        (weight,), (bias,) = self.weights, self.biases
+        rows = torch.nn.functional.pad(self.x, (0, -k % 8))
+        workspace: list[Argument] = [None, None]
+        if chosen.partials:
+            workspace = [np.full(chosen.partials, np.nan, np.float32), np.zeros(chosen.counters, np.uint32)]
+        arguments = [
+            *(bits(tensor) for tensor in LAYOUT.pack(weight)),
+            bits(rows),
+            None if bias is None else bits(bias),
+            np.full((m, n), 0x7FFF, np.uint16),
+            *workspace,
+            n,
+            rows.shape[1],
+            m,
+            chosen.splits,
+        ]
+        tile = chosen.tile
+        return Launch(chosen.kernel(self.x.dtype), chosen.grid, tile.threads, tile.shared_bytes, arguments, order)
+
+    def run_gemm(self, emulator: Emulator, chosen: NmGemmPlan, order: int = 0) -> torch.Tensor:
+        """y as the emulated kernel for many tokens computes it."""
+        return self.output(emulator.run(self.gemm_launch(chosen, order)))
 
     def output(self, arrays: list[np.ndarray]) -> torch.Tensor:
         """The output among the arrays of one launch."""
@@ -136,4 +167,4 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
-__all__ = ["LAYOUT", "NIBBLES", "Problem", "Same", "bits", "columns_of", "products", "random_weight"]
+__all__ = ["LAYOUT", "MOST_SHARED", "NIBBLES", "Problem", "Same", "bits", "columns_of", "products", "random_weight"]

@@ -48,7 +48,7 @@ def gpu(emulator: Emulator, monkeypatch):
     for module in (bitmap, nm):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 8)
         monkeypatch.setattr(module, "counters", lambda count, device: torch.zeros(count, dtype=torch.int32))
-    monkeypatch.setattr(bitmap, "shared_memory", lambda device: 232448)
+        monkeypatch.setattr(module, "shared_memory", lambda device: 232448)
 
 
 def pruned(rows: int, columns: int, pattern: str, seed: int = 0) -> torch.Tensor:
@@ -135,6 +135,16 @@ def test_nm(gpu, tokens, rows, columns):
     tensors = FragmentLayout().pack(NMWeight.compress(weight, pattern="2:4"))
     out = nm.nm_decode(x, tensors, bias, (rows, columns))
     assert_close(out, functional.linear(x.double(), weight.double(), bias.double()))
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(17, 40, 131), (33, 130, 72), (70, 70, 200)])
+def test_nm_with_many_tokens(gpu, tokens, rows, columns):
+    weight, (x, bias) = pruned(rows, columns, "2:4"), inputs(tokens, columns, rows)
+    tensors = FragmentLayout().pack(NMWeight.compress(weight, pattern="2:4"))
+    out = nm.nm_gemm(x, tensors, bias, (rows, columns))
+    assert_close(out, functional.linear(x.double(), weight.double(), bias.double()))
+    forced = nm.nm_gemm(x, tensors, bias, (rows, columns), tile="64x32", splits=2)
+    assert_close(forced, functional.linear(x.double(), weight.double(), bias.double()))
 
 
 def test_swiglu(gpu):

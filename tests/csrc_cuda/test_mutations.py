@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import nm_problem
@@ -11,20 +11,45 @@ import numpy as np
 import pytest
 import torch
 from emulator import CSRC, EmulationError, Emulator, Launch, compile_objects, link
+from gemm_mutations import GEMM_MUTATIONS
 from mutations import LAYOUT, MUTATIONS, Mutation
 from nm_problem import Problem, bits, random_weight
 
 from wandapp_kernels.backends.cuda import fragment_layout
+from wandapp_kernels.backends.cuda.gemm_plan import NmGemmPlan, Tile
 from wandapp_kernels.backends.cuda.plan import THREADS, pack_grid, unpack_grid
 
-HEADERS = ("nm_layout.cuh", "activations.cuh", "split_k.cuh", "nm_decode.cuh", "nm_pack.cuh")
-COMPILED = [mutation for mutation in MUTATIONS if mutation.file != LAYOUT]
-ORIGINAL = [Mutation("original", "nm_decode.cuh", "", "", kernel) for kernel in ("decode", "swiglu", "pack")]
+# Those that others include come first.
+HEADERS = (
+    "nm_layout.cuh",
+    "nm_fragment.cuh",
+    "nm_weight_ring.cuh",
+    "activations.cuh",
+    "activation_ring.cuh",
+    "output.cuh",
+    "split_k.cuh",
+    "nm_decode.cuh",
+    "nm_gemm.cuh",
+    "nm_pack.cuh",
+)
+COMPILED = [mutation for mutation in [*MUTATIONS, *GEMM_MUTATIONS] if mutation.file != LAYOUT]
+ORIGINAL = [
+    Mutation("original", "nm_decode.cuh", "", "", kernel)
+    for kernel in ("decode", "swiglu", "gemm", "gemm_shared", "pack")
+]
+
+GEMM_WRAPPER = """
+void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias, BFloat16* out, float4* partials,
+         u32* counters, int n, int k, int m, int splits) {
+    nm_gemm<BFloat16, NmTile<TILE>>({v, w}, x, bias, out, partials, counters, n, k, m, splits);
+}
+const emulation::Kernel kernel("NAME", &run);"""
+TILES = {"gemm": Tile(2, 2, 2, 2, 3, 2), "gemm_shared": Tile(2, 2, 1, 2, 3, 1)}
 
 # What a kernel looks like from outside, in a namespace of its own.
 WRAPPERS = {
     "decode": """
-void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias, BFloat16* out, float* partials,
+void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias, BFloat16* out, float4* partials,
          u32* counters, int n, int k, int m, int splits) {
     nm_decode<BFloat16, 2, 1>({v, w}, {nullptr, nullptr}, x, bias, static_cast<const BFloat16*>(nullptr), out, partials,
                               counters, n, k, m, splits);
@@ -32,10 +57,11 @@ void run(const uint4* v, const uint4* w, const BFloat16* x, const BFloat16* bias
 const emulation::Kernel kernel("NAME", &run);""",
     "swiglu": """
 void run(const uint4* v, const uint4* w, const uint4* uv, const uint4* uw, const Half* x, const Half* bias,
-         const Half* up_bias, Half* out, float* partials, u32* counters, int n, int k, int m, int splits) {
+         const Half* up_bias, Half* out, float4* partials, u32* counters, int n, int k, int m, int splits) {
     nm_decode<Half, 1, 2>({v, w}, {uv, uw}, x, bias, up_bias, out, partials, counters, n, k, m, splits);
 }
 const emulation::Kernel kernel("NAME", &run);""",
+    **{kernel: GEMM_WRAPPER.replace("TILE", ", ".join(map(str, astuple(tile)))) for kernel, tile in TILES.items()},
     "pack": """
 void pack(const u16* v, const u8* i, uint4* pv, u32* pm, int n, int k) { nm_pack_vector(v, i, pv, pm, n, k); }
 void unpack(const u16* pv, const u8* pm, u16* v, u8* i, int n, int k) { nm_unpack_value(pv, pm, v, i, n, k); }
@@ -58,7 +84,7 @@ def write_mutant(mutation: Mutation, folder: Path) -> str:
             text = text.replace(mutation.old, mutation.new)
         # g++ takes equal files for one and the same under #pragma once.
         (place / header).write_text(f"{text}// {name}\n")
-    header = "nm_pack.cuh" if mutation.kernel == "pack" else "nm_decode.cuh"
+    header = {"pack": "nm_pack.cuh", **dict.fromkeys(TILES, "nm_gemm.cuh")}.get(mutation.kernel, "nm_decode.cuh")
     return f'namespace {name} {{\n#include "{place / header}"\n{WRAPPERS[mutation.kernel].replace("NAME", name)}\n}}\n'
 
 
@@ -87,7 +113,7 @@ def problems(kernel: str) -> list[tuple[Problem, int, int]]:
         return [(Problem.random(18, 600, 3, torch.float16, pair=True, bias=True), 2, 0)]
     return [
         (Problem.random(70, 204, 20, bias=True), 3, 2),
-        (Problem.random(17, 84, 9), 1, 0),
+        (Problem.random(20, 84, 9), 1, 0),
         (Problem.random(17, 1240, 5, bias=True), 1, 1),
         (Problem.random(17, 680, 5), 2, 1),
         (Problem.random(5, 1100, 2), 1, 0),
@@ -104,6 +130,20 @@ def check_product(machine: Emulator, name: str, kernel: str) -> None:
         chosen = replace(chosen, token_tiles=tiles, token_blocks=token_blocks, counters=counters, partials=partials)
         launch = replace(problem.launch(chosen, order), kernel=name, shared_bytes=34816 // (3 - tiles))
         arrays = machine.run(launch)
+        problem.check(problem.output(arrays))
+        assert splits == 1 or not arrays[-1].any(), "a counter is left behind"
+
+
+def check_gemm(machine: Emulator, name: str, tile: Tile) -> None:
+    for shape, splits, order in (
+        ((131, 204, 37), 2, 2),
+        ((66, 1240, 20), 1, 1),
+        ((40, 84, 33), 1, 0),
+        ((130, 600, 29), 3, 1),
+    ):
+        problem = Problem.random(*shape, bias=True)
+        chosen = NmGemmPlan(tile, -(-shape[2] // tile.tokens), -(-shape[0] // tile.rows), splits)
+        arrays = machine.run(replace(problem.gemm_launch(chosen, order), kernel=name))
         problem.check(problem.output(arrays))
         assert splits == 1 or not arrays[-1].any(), "a counter is left behind"
 
@@ -128,6 +168,8 @@ def check(machine: Emulator, mutation: Mutation) -> None:
     name = f"{mutation.name}_{mutation.kernel}"
     if mutation.kernel == "pack":
         check_packing(machine, name)
+    elif mutation.kernel in TILES:
+        check_gemm(machine, name, TILES[mutation.kernel])
     else:
         check_product(machine, name, mutation.kernel)
 

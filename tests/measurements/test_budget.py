@@ -68,6 +68,17 @@ def test_nm_by_hand(without_compiler):
     assert found.instructions == 96 / 2  # the loop takes two blocks
 
 
+def test_many_tokens_by_hand(monkeypatch):
+    monkeypatch.setattr(budget, "disassemble", lambda *names: compiled("HMMA.SP.16832", 128, 142, 250))
+    found = budget.nm_gemm_budget(128, (14336, 4096), budget.H100)
+    assert found.kernel == "nm_gemm_bf16_256x128s"
+    assert found.weight_bytes == 224 * 64 * (4096 + 512)  # once, though two warps multiply each block
+    assert found.units == 2 * 224 * 64
+    assert found.mma == found.units * 64
+    assert found.instructions == 270 / 2
+    assert found.in_flight_bytes == 3 * 4 * 4608  # the four blocks of three buffers
+
+
 def test_the_loop_is_the_smallest_one_with_all_tensor_core_instructions():
     kernel = compiled("HMMA", 8, 20, 1)
     assert len(kernel.loop_with("HMMA")) == 20 + 8
@@ -97,12 +108,13 @@ def test_table(without_compiler, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(budget, "RESULTS", tmp_path / "budget.json")
     assert budget.saved_table() == "not computed yet"
     monkeypatch.setattr(budget, "TOKENS", (1,))
+    monkeypatch.setattr(budget, "MANY_TOKENS", (32,))
     monkeypatch.setattr(budget, "SHAPES", ((4096, 4096),))
     budget.main()
     shown = budget.saved_table()
     assert shown in capsys.readouterr().out
     lines = shown.splitlines()
-    assert len(lines) == 2 + 4 + 2
+    assert len(lines) == 2 + 4 + 1 + 2
     assert "predicted" in lines[0]
     assert "never measured" in lines[-1]
     assert "0.5654" in shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wandapp_kernels.backends.base import register_backend
 from wandapp_kernels.backends.cuda.bitmap import CudaBitmapBackend, bitmap_decode
-from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_swiglu, nm_swiglu_refusal
+from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_gemm, nm_swiglu, nm_swiglu_refusal
 
 register_backend(CudaNMBackend())
 register_backend(CudaBitmapBackend())
@@ -14,6 +14,7 @@ __all__ = [
     "CudaNMBackend",
     "bitmap_decode",
     "nm_decode",
+    "nm_gemm",
     "nm_swiglu",
     "nm_swiglu_refusal",
 ]

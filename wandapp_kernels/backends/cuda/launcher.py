@@ -82,8 +82,19 @@ def check_tensor(tensor: torch.Tensor, name: str, dtype: torch.dtype, like: torc
         raise KernelError(f"{name} does not start at a multiple of {ALIGNMENT} bytes: pack the weight again")
 
 
+class _Arguments:
+    """The arguments of a launch, 8 bytes each: the driver reads the first 4 of a 32-bit one, and copies them all."""
+
+    def __init__(self, count: int):
+        self.values = (ctypes.c_uint64 * count)()
+        first = ctypes.addressof(self.values)
+        self._places = (ctypes.c_void_p * (count + 1))(*(first + 8 * i for i in range(count)))
+        self.address = ctypes.addressof(self._places)
+        self.lock = threading.Lock()  # from writing them until the driver has copied them
+
+
 class _Kernel:
-    """A loaded kernel and the place of its arguments, 8 bytes each (the driver reads the first 4 of a 32-bit one)."""
+    """A loaded kernel, and arguments for launches that are not prepared."""
 
     def __init__(self, source: str, name: str, device: int, arguments: int):
         import cupy
@@ -95,11 +106,7 @@ class _Kernel:
             most = shared_memory(torch.device("cuda", device))
             self.loaded.max_dynamic_shared_size_bytes = most - self.loaded.shared_size_bytes
             self.function = int(self.loaded.kernel.ptr)
-        self.values = (ctypes.c_uint64 * arguments)()
-        first = ctypes.addressof(self.values)
-        self.places = (ctypes.c_void_p * (arguments + 1))(*(first + 8 * i for i in range(arguments)))
-        self.arguments = ctypes.addressof(self.places)
-        self.lock = threading.Lock()  # from writing the arguments until the driver has copied them
+        self.arguments = _Arguments(arguments)
         self.driver = cupy.cuda.driver.launchKernel
 
 
@@ -150,20 +157,74 @@ def launch(
     values = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in arguments]  # type: ignore[union-attr]
     try:
         kernel = _kernel(source, name, index, len(values))
-        with kernel.lock:
-            kernel.values[:] = values
+        with kernel.arguments.lock:
+            kernel.arguments.values[:] = values
             kernel.driver(
                 *(kernel.function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes),
-                *(_stream(index), kernel.arguments, 0),
+                *(_stream(index), kernel.arguments.address, 0),
             )
     except KernelError:
         raise
     except Exception as error:
-        capturing = " (a graph is being captured: call it once before the capture)"
-        raise KernelError(
-            f"{name} cannot be launched with a grid of {grid}, {threads} threads and {shared_bytes} bytes of shared "
-            f"memory: {error}{capturing if torch.cuda.is_current_stream_capturing() else ''}"
-        ) from error
+        raise _refused(name, grid, threads, shared_bytes, error) from error
+
+
+def _refused(name: str, grid: tuple[int, int], threads: int, shared_bytes: int, error: Exception) -> KernelError:
+    capturing = " (a graph is being captured: call it once before the capture)"
+    return KernelError(
+        f"{name} cannot be launched with a grid of {grid}, {threads} threads and {shared_bytes} bytes of shared "
+        f"memory: {error}{capturing if torch.cuda.is_current_stream_capturing() else ''}"
+    )
+
+
+class Prepared:
+    """A launch of which only two addresses differ from call to call: the activations' and the output's.
+
+    Args:
+        arguments: as for :func:`launch`, with ``X`` and ``OUT`` for those two.
+    """
+
+    X, OUT = object(), object()
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Any],
+        device: torch.device,
+    ):
+        self._index = device_index(device)
+        kernel = _kernel(source, name, self._index, len(arguments))
+        self._arguments, self._driver = _Arguments(len(arguments)), kernel.driver
+        self._x, self._out = ([a is each for a in arguments].index(True) for each in (self.X, self.OUT))
+        known = [0 if a is None or a is self.X or a is self.OUT else a for a in arguments]
+        self._arguments.values[:] = [a if isinstance(a, int) else a.data_ptr() for a in known]
+        self._how = (name, grid, threads, shared_bytes)
+        self._launch = (kernel.function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes)
+
+    def __call__(self, x: int, out: int) -> None:
+        """Launch on torch's current stream.
+
+        Args:
+            x, out: addresses on the device it was prepared for.
+
+        Raises:
+            KernelError: the driver refuses the launch.
+        """
+        if self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._index):
+                return self(x, out)
+        arguments = self._arguments
+        try:
+            with arguments.lock:
+                arguments.values[self._x] = x
+                arguments.values[self._out] = out
+                self._driver(*self._launch, _stream(self._index), arguments.address, 0)
+        except Exception as error:
+            raise _refused(*self._how, error) from error
 
 
 def _stream(index: int) -> int:

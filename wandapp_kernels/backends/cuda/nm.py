@@ -1,4 +1,5 @@
-"""Few tokens times a 2:4 weight on sparse tensor cores (csrc/cuda/nm_decode.cuh), and the SwiGLU pair in one launch."""
+"""x Wᵀ for a 2:4 weight on sparse tensor cores: one kernel for few tokens (csrc/cuda/nm_decode.cuh), which also takes a
+SwiGLU pair in one launch, and one for many (csrc/cuda/nm_gemm.cuh)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,23 @@ import torch
 
 from wandapp_kernels.backends.base import Backend, Call, Held, Problem
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
-from wandapp_kernels.backends.cuda.launcher import counters, launch, multiprocessors, why_not
+from wandapp_kernels.backends.cuda.gemm_plan import plan_gemm
+from wandapp_kernels.backends.cuda.launcher import (
+    Prepared,
+    counters,
+    is_aligned,
+    launch,
+    multiprocessors,
+    shared_memory,
+    why_not,
+)
 from wandapp_kernels.backends.cuda.plan import THREADS, plan, refusal, weight_refusal
 from wandapp_kernels.errors import KernelError
 from wandapp_kernels.sparsity.pattern import Pattern
 
-MOST_TOKENS = 64
+MOST_TOKENS = 4096
+DECODE_TOKENS = 16  # up to here the decode kernel is asked
+SWIGLU_TOKENS = 64
 
 
 def _launch(
@@ -71,6 +83,68 @@ def nm_decode(
     return _launch(x, tensors, (bias,), shape)
 
 
+def nm_gemm(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    shape: tuple[int, int],
+    tile: str | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """``x @ Wᵀ + bias`` for many tokens and a 2:4 weight.
+
+    Args:
+        x: ``[M, K]`` float16 or bfloat16 on a GPU, contiguous. It is copied where 16-byte loads cannot read its rows.
+        tensors: the weight in layout ``"nm-mma"``, values in x's type.
+        bias: ``[N]`` in x's type, or None.
+        shape: ``(N, K)``.
+        tile, splits: the launch, where it shall not be the predicted best (:func:`gemm_plan.plan_gemm`).
+
+    Raises:
+        KernelError: x, weight and bias do not fit together.
+    """
+    if (reason := refusal(x, tensors, bias, shape)) is not None:
+        raise KernelError(f"the 2:4 kernel cannot run: {reason}")
+    return _gemm_checked(x, x.shape[0], tensors, bias, shape, x.new_empty((x.shape[0], shape[0])), tile, splits)
+
+
+def _gemm_checked(
+    x: torch.Tensor,
+    tokens: int,
+    tensors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    shape: tuple[int, int],
+    out: torch.Tensor,
+    tile: str | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    rows, columns = shape
+    if columns % 8 or not is_aligned(x):
+        x = _copy_with_aligned_rows(x.view(tokens, columns))
+        columns = x.shape[1]
+    device = x.device
+    cut = plan_gemm(rows, shape[1], tokens, multiprocessors(device), shared_memory(device), tile, splits)
+    partials = x.new_empty(cut.partials, dtype=torch.float32) if cut.partials else None
+    arrived = counters(cut.counters, device) if cut.counters else None
+    launch(
+        "nm_gemm",
+        cut.kernel(x.dtype),
+        (cut.grid[0], cut.grid[1]),
+        cut.tile.threads,
+        cut.tile.shared_bytes,
+        (*tensors, x, bias, out, partials, arrived, rows, columns, tokens, cut.splits),
+        device,
+    )
+    return out
+
+
+def _copy_with_aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """x with columns of zeros up to a multiple of 8, at an aligned address; the weight's padding meets them."""
+    copy = x.new_zeros(x.shape[0], -(-x.shape[1] // 8) * 8)
+    copy[:, : x.shape[1]] = x
+    return copy
+
+
 def nm_swiglu(
     x: torch.Tensor,
     gate: Sequence[torch.Tensor],
@@ -109,7 +183,7 @@ def nm_swiglu_refusal(
 ) -> str | None:
     """None when :func:`nm_swiglu` takes these and is worth calling, else the reason in one sentence; no tensor is read.
 
-    It refuses devices and types without the kernel, no token, more than ``MOST_TOKENS`` of them, and tensors that are
+    It refuses devices and types without the kernel, no token, more than ``SWIGLU_TOKENS`` of them, and tensors that are
     not two weights of ``shape`` in layout ``"nm-mma"`` with their biases.
     """
     if (reason := why_not(x.device, x.dtype)) is not None:
@@ -119,26 +193,49 @@ def nm_swiglu_refusal(
     if x.shape[-1:] != shape[1:]:
         return f"x has shape {tuple(x.shape)}, and the weights {shape}"
     rows = x.reshape(-1, shape[1]).contiguous()
-    if len(rows) > MOST_TOKENS:
-        return f"the kernel takes up to {MOST_TOKENS} tokens at once, not {len(rows)}"
+    if len(rows) > SWIGLU_TOKENS:
+        return f"the kernel takes up to {SWIGLU_TOKENS} tokens at once, not {len(rows)}"
     return refusal(rows, gate, gate_bias, shape) or refusal(rows, up, up_bias, shape)
 
 
 class NmCall(Call):
-    """A weight whose tensors were checked when it was bound: a call only launches."""
+    """A weight whose tensors were checked when it was bound: a call only launches.
+
+    Where no workspace is needed, the launches for each number of tokens are kept, too.
+    """
+
+    def __init__(self, backend: Backend, shape: tuple[int, int], pattern: Pattern | None):
+        super().__init__(backend, shape, pattern)
+        self._prepared: dict[int, Prepared | None] = {}
 
     def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
-        (tensors, bias), (rows, columns) = held, self._shape
-        out = x.new_empty((*x.shape[:-1], rows))
-        return _launch_checked(x, x.numel() // columns, tensors, (bias,), self._shape, out)
+        rows, columns = self._shape
+        out, tokens = x.new_empty((*x.shape[:-1], rows)), x.numel() // columns
+        if tokens > DECODE_TOKENS:
+            return _gemm_checked(x, tokens, *held, self._shape, out)
+        if tokens not in self._prepared:
+            self._prepared[tokens] = self._prepare(x, tokens, held)
+        if (prepared := self._prepared[tokens]) is None:
+            return _launch_checked(x, tokens, held[0], (held[1],), self._shape, out)
+        prepared(x.data_ptr(), out.data_ptr())
+        return out
+
+    def _prepare(self, x: torch.Tensor, tokens: int, held: Held) -> Prepared | None:
+        cut = plan(*self._shape, tokens, multiprocessors(x.device))
+        if cut.partials:
+            return None
+        tensors, bias = held
+        arguments = (*tensors, Prepared.X, bias, Prepared.OUT, None, None, *self._shape, tokens, cut.splits)
+        grid = (cut.grid[0], cut.grid[1])
+        return Prepared("nm_decode", cut.kernel(x.dtype), grid, THREADS, cut.shared_bytes, arguments, x.device)
 
 
 class CudaNMBackend(Backend):
-    """The decode kernel for 2:4: up to 64 tokens, NVIDIA GPUs since compute capability 8.0."""
+    """The kernels for 2:4 that read one layout at any number of tokens: NVIDIA GPUs since compute capability 8.0."""
 
     name = "cuda-nm"
     layout = FragmentLayout.name
-    default_tokens = MOST_TOKENS
+    default_tokens = 64
 
     def supports(self, problem: Problem) -> str | None:
         if problem.pattern != "2:4":
@@ -155,7 +252,9 @@ class CudaNMBackend(Backend):
         shape: tuple[int, int],
         pattern: Pattern | None,
     ) -> torch.Tensor:
-        return nm_decode(x, tensors, bias, shape)
+        if x.shape[0] <= DECODE_TOKENS:
+            return nm_decode(x, tensors, bias, shape)
+        return nm_gemm(x, tensors, bias, shape)
 
     def bind(
         self,
