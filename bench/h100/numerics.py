@@ -29,6 +29,8 @@ def check_linears(section: Section) -> Iterator[str]:
                 case = Case("numerics", shape, pattern, 50)
                 sample = sample_weight(problem(case, 1, dtype))
                 for backend in gpu_backends(problem(case, 1).operator):
+                    if backend.name in VENDOR and dtype == torch.float16:
+                        continue  # each search takes a while, and compares what it found with the dense product itself
                     try:
                         yield from _check_backend(section, backend, case, sample, dtype)
                     except Exception as error:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 FEWEST_REPLAYS, MOST_REPLAYS = 10, 200
-CALLS = 20  # of one graph, at least
+CALLS = 20  # of one graph, or as many as take so long
+ENOUGH_SECONDS = 2e-3
 CACHE_MULTIPLE = 3
 
 
@@ -44,13 +45,16 @@ def summary(samples: Sequence[float], graph: bool) -> Timing:
 
 def time_calls(calls: Sequence[Callable[[], object]], seconds: float = 0.05) -> Timing:
     """Time one call of ``calls``, which do the same on different copies, for about ``seconds``."""
-    repeated = list(calls) * -(-CALLS // len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
+        for _ in range(2):
+            start = time.monotonic()
+            for call in calls:
+                call()
+            torch.cuda.synchronize()
+        once = time.monotonic() - start
+    repeated = list(calls) * max(1, min(-(-CALLS // len(calls)), int(ENOUGH_SECONDS / once)))
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):

@@ -69,7 +69,7 @@ struct NmSlice {
 
     // Step kStep of the block, whose first column in the tile is `column`.
     template <int kStep>
-    static __device__ __forceinline__ void multiply(Decode& decode, const NmFragment<>& current, const u8* tile,
+    static __device__ __forceinline__ void multiply(Decode& decode, const NmFragment& current, const u8* tile,
                                                     int column) {
         current.template multiply<T, kStep>(
             decode.sums, [&](u32(&x)[4], int n) { Tile::load_fragment(x, tile, n, column); });
@@ -83,7 +83,7 @@ struct NmSlice {
     // Multiplies this round, for which `current` was loaded, while `next` and the next activations are on their way.
     // The second half of `next` takes the registers that the first half of `current` leaves.
     template <int kParity>
-    __device__ __forceinline__ void advance(Decode& decode, const NmFragment<>& current, NmFragment<>& next) {
+    __device__ __forceinline__ void advance(Decode& decode, const NmFragment& current, NmFragment& next) {
         if (has(1)) next.load_first_half(block);
         ptx::cp_async_wait<0>();
         ptx::sync_cta();
@@ -99,7 +99,7 @@ struct NmSlice {
 
     // Multiplies all of it.
     __device__ __forceinline__ void run(Decode& decode) {
-        NmFragment<> even, odd;
+        NmFragment even, odd;
         if (has(0)) {
             even.load_first_half(block);
             even.load_second_half(block);
@@ -123,7 +123,7 @@ struct NmSlice {
             Tile::copy_elements(tiles, x, tokens, k, first * nm::kBlock, last * nm::kBlock);
             ptx::sync_cta();
             if (not has(0)) continue;
-            NmFragment<> current;
+            NmFragment current;
             current.load_first_half(block);
             current.load_second_half(block);
             multiply<0>(decode, current, tiles, group * nm::kBlock);

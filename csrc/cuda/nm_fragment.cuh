@@ -14,14 +14,13 @@ struct NmMatrix {
     }
 };
 
-// The block as a lane holds it. kReaders: how many warps of the CTA load the same one.
-template <int kReaders = 1>
+// The block as a lane holds it.
 struct NmFragment {
     uint4 values[nm::kLoads];
     uint4 metadata;
 
     __device__ __forceinline__ void load_first_half(const NmMatrix& block) {
-        metadata = read(block.metadata);
+        metadata = ptx::load_stream_128(block.metadata);
         load_values<0>(block);
     }
 
@@ -43,14 +42,10 @@ struct NmFragment {
     }
 
   private:
-    static __device__ __forceinline__ uint4 read(const uint4* address) {
-        return kReaders == 1 ? ptx::load_stream_128(address) : ptx::load_shared_by_warps_128(address);
-    }
-
     template <int kStep>
     __device__ __forceinline__ void load_values(const NmMatrix& block) {
 #pragma unroll
         for (int i = kStep * nm::kRowTiles; i < (kStep + 1) * nm::kRowTiles; ++i)
-            values[i] = read(block.values + i * nm::kLanes);
+            values[i] = ptx::load_stream_128(block.values + i * nm::kLanes);
     }
 };

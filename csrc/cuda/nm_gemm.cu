@@ -3,14 +3,10 @@
 #include "nm_gemm.cuh"
 
 //                row warps, token warps, groups, 8-token tiles of a warp, stages, fragments
-using Nm64x32 = NmTile<1, 1, 8, 4, 2, 3>;
-using Nm64x64 = NmTile<1, 1, 8, 8, 2, 2>;
 using Nm128x32 = NmTile<2, 1, 4, 4, 4, 3>;
 using Nm128x64 = NmTile<2, 1, 4, 8, 4, 2>;
-using Nm128x128s = NmTile<2, 2, 1, 8, 3, 1>;  // s: weights through shared memory
-using Nm256x128s = NmTile<4, 2, 1, 8, 4, 1>;
-using Nm128x128 = NmTile<2, 2, 1, 8, 4, 2>;
-using Nm256x128 = NmTile<4, 2, 1, 8, 6, 2>;
+using Nm128x128 = NmTile<2, 2, 1, 8, 3, 1>;
+using Nm256x128 = NmTile<4, 2, 1, 8, 4, 1>;
 
 #define NM_GEMM(NAME, T, TILE)                                                                                    \
     extern "C" __global__ void __launch_bounds__(Nm##TILE::kThreads, Nm##TILE::kCtas) nm_gemm_##NAME##_##TILE(    \
@@ -20,14 +16,10 @@ using Nm256x128 = NmTile<4, 2, 1, 8, 6, 2>;
     }
 
 #define NM_GEMM_TILES(NAME, T) \
-    NM_GEMM(NAME, T, 64x32)    \
-    NM_GEMM(NAME, T, 64x64)    \
     NM_GEMM(NAME, T, 128x32)   \
     NM_GEMM(NAME, T, 128x64)   \
     NM_GEMM(NAME, T, 128x128)  \
-    NM_GEMM(NAME, T, 256x128)  \
-    NM_GEMM(NAME, T, 128x128s) \
-    NM_GEMM(NAME, T, 256x128s)
+    NM_GEMM(NAME, T, 256x128)
 
 NM_GEMM_TILES(fp16, Half)
 NM_GEMM_TILES(bf16, BFloat16)

@@ -65,8 +65,6 @@ struct NmGemm {
 // A slice of K, as a warp sees it that loads its blocks straight into registers.
 template <class T, class Shape>
 struct NmSliceOfRegisters {
-    using Fragment = NmFragment<Shape::kTokenWarps>;
-
     NmGemm<T, Shape>& gemm;
     NmMatrix block;  // the one to be loaded next
     int left;        // blocks from this warp's current one to the end of the slice; every kGroups-th is this warp's
@@ -75,7 +73,7 @@ struct NmSliceOfRegisters {
 
     // Multiplies this round, for which `now` was loaded, while the blocks and the activations behind it are on their
     // way. The second half of `later` takes the registers that the first half of `now` leaves.
-    __device__ __forceinline__ void advance(const Fragment& now, Fragment& later) {
+    __device__ __forceinline__ void advance(const NmFragment& now, NmFragment& later) {
         const bool more = has(Shape::kFragments - 1);
         if (more) later.load_first_half(block);
         gemm.ring.wait();
@@ -89,7 +87,7 @@ struct NmSliceOfRegisters {
     }
 
     __device__ __forceinline__ void run(int rounds) {
-        Fragment fragments[Shape::kFragments];
+        NmFragment fragments[Shape::kFragments];
 #pragma unroll
         for (int round = 0; round < Shape::kFragments - 1; ++round) {
             if (has(round)) {
@@ -126,7 +124,7 @@ struct NmSliceOfShared {
         for (int stage = 0; stage < Shape::kStages - 1; ++stage) start_copy();
 #pragma unroll 1
         for (; rounds > 0; --rounds) {
-            NmFragment<> fragment;
+            NmFragment fragment;
             gemm.ring.wait();
             weights.load_fragment(fragment);
             start_copy();

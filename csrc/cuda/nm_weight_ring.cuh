@@ -63,7 +63,7 @@ struct NmWeightRing {
     __device__ __forceinline__ void next_round() { read = after(read); }
 
     // This round's block of this warp.
-    __device__ __forceinline__ void load_fragment(NmFragment<>& fragment) const {
+    __device__ __forceinline__ void load_fragment(NmFragment& fragment) const {
         fragment.metadata = ptx::load_shared_128(read + kVectors * 16);
 #pragma unroll
         for (int i = 0; i < nm::kLoads; ++i) fragment.values[i] = ptx::load_shared_128(read + i * nm::kLanes * 16);

@@ -113,15 +113,6 @@ PTX_FUNCTION uint4 load_stream_128(const uint4* address) {
     return value;
 }
 
-// The same where several warps of a CTA read the bytes: kept in L1 for those that come later.
-PTX_FUNCTION uint4 load_shared_by_warps_128(const uint4* address) {
-    uint4 value;
-    asm volatile("ld.global.nc.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address));
-    return value;
-}
-
 PTX_FUNCTION uint2 load_stream_64(const uint2* address) {
     uint2 value;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"

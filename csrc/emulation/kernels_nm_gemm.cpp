@@ -17,13 +17,9 @@ void shared_bytes(long long* out) {
     const Kernel bf16_##TILE("nm_gemm_bf16_" #TILE, &nm_gemm_bf16_##TILE); \
     const Kernel bytes_##TILE("nm_gemm_shared_" #TILE, &shared_bytes<Nm##TILE>)
 
-REGISTER(64x32);
-REGISTER(64x64);
 REGISTER(128x32);
 REGISTER(128x64);
 REGISTER(128x128);
 REGISTER(256x128);
-REGISTER(128x128s);
-REGISTER(256x128s);
 
 }  // namespace

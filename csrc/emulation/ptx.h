@@ -108,7 +108,6 @@ void cp_async_wait() {
 // Global memory ------------------------------------------------------------------------------------------------------
 
 inline uint4 load_stream_128(const uint4* address) { return detail::load_aligned(address); }
-inline uint4 load_shared_by_warps_128(const uint4* address) { return detail::load_aligned(address); }
 inline uint2 load_stream_64(const uint2* address) { return detail::load_aligned(address); }
 inline u32 load_stream_32(const u32* address) { return detail::load_aligned(address); }
 

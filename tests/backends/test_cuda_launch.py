@@ -434,8 +434,8 @@ def test_supports_says_why_not(gpu, monkeypatch):
     assert backend.supports(problem()) is None
     assert CudaNMBackend().supports(problem(operator="nm_linear", pattern="2:4")) is None
     assert "16 tokens" in backend.supports(problem(tokens=32))
-    assert CudaNMBackend().supports(problem(operator="nm_linear", pattern="2:4", tokens=4096)) is None
-    assert "4096 tokens" in CudaNMBackend().supports(problem(pattern="2:4", tokens=8192))
+    assert CudaNMBackend().supports(problem(operator="nm_linear", pattern="2:4", tokens=1024)) is None
+    assert "1024 tokens" in CudaNMBackend().supports(problem(pattern="2:4", tokens=2048))
     assert "2:4 only" in CudaNMBackend().supports(problem(pattern="4:8"))
     assert "float16 and bfloat16" in backend.supports(problem(dtype=torch.float32))
     assert "on cpu" in backend.supports(problem(device="cpu"))

@@ -48,9 +48,7 @@ def test_awkward_shapes(emulator: Emulator, tile: str, n: int, k: int, m: int) -
     problem.check(problem.run_gemm(emulator, problem.gemm_plan(tile)))
 
 
-@pytest.mark.parametrize(
-    ("tile", "splits"), [("64x32", 2), ("128x32", 5), ("128x64", 3), ("128x128", 11), ("256x128s", 4)]
-)
+@pytest.mark.parametrize(("tile", "splits"), [("128x32", 5), ("128x64", 3), ("128x128", 11), ("256x128", 4)])
 def test_splits_in_any_order_give_the_same_bits(emulator: Emulator, tile: str, splits: int) -> None:
     problem = Problem.random(n=70, k=690, m=35, bias=True)
     forward = problem.run_gemm(emulator, problem.gemm_plan(tile, splits))
@@ -59,7 +57,7 @@ def test_splits_in_any_order_give_the_same_bits(emulator: Emulator, tile: str, s
     assert torch.equal(forward.view(torch.int16), backward.view(torch.int16))
 
 
-@pytest.mark.parametrize("tile", ["64x32", "128x64"])
+@pytest.mark.parametrize("tile", ["128x32", "128x64"])
 def test_tiles_that_sum_at_the_same_time_do_not_meet(emulator: Emulator, tile: str) -> None:
     problem = Problem.random(n=130, k=128, m=70)
     problem.check(problem.run_gemm(emulator, problem.gemm_plan(tile, 2), order=2))
@@ -105,9 +103,9 @@ def test_the_plan_asks_for_the_shared_memory_of_the_kernel(emulator: Emulator, t
 
 def test_a_workspace_too_small_is_an_error(emulator: Emulator) -> None:
     problem = Problem.random(n=64, k=128, m=32)
-    launch = problem.gemm_launch(problem.gemm_plan("64x32", 2))
+    launch = problem.gemm_launch(problem.gemm_plan("128x32", 2))
     arguments = list(launch.arguments)
-    arguments[5] = np.asarray(arguments[5])[: 64 * 32].copy()
+    arguments[5] = np.asarray(arguments[5])[: 128 * 32].copy()
     with pytest.raises(EmulationError, match="heap-buffer-overflow"):
         emulator.run(replace(launch, arguments=arguments))
 

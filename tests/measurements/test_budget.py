@@ -71,7 +71,7 @@ def test_nm_by_hand(without_compiler):
 def test_many_tokens_by_hand(monkeypatch):
     monkeypatch.setattr(budget, "disassemble", lambda *names: compiled("HMMA.SP.16832", 128, 142, 250))
     found = budget.nm_gemm_budget(128, (14336, 4096), budget.H100)
-    assert found.kernel == "nm_gemm_bf16_256x128s"
+    assert found.kernel == "nm_gemm_bf16_128x128"
     assert found.weight_bytes == 224 * 64 * (4096 + 512)  # once, though two warps multiply each block
     assert found.units == 2 * 224 * 64
     assert found.mma == found.units * 64

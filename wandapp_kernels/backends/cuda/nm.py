@@ -23,7 +23,7 @@ from wandapp_kernels.backends.cuda.plan import THREADS, plan, refusal, weight_re
 from wandapp_kernels.errors import KernelError
 from wandapp_kernels.sparsity.pattern import Pattern
 
-MOST_TOKENS = 4096
+MOST_TOKENS = 1024
 DECODE_TOKENS = 16  # up to here the decode kernel is asked
 SWIGLU_TOKENS = 64
 
@@ -231,11 +231,14 @@ class NmCall(Call):
 
 
 class CudaNMBackend(Backend):
-    """The kernels for 2:4 that read one layout at any number of tokens: NVIDIA GPUs since compute capability 8.0."""
+    """The kernels for 2:4 that read one layout: up to 1024 tokens, NVIDIA GPUs since compute capability 8.0.
+
+    Beyond 256 tokens an H100 is faster when the weight is decompressed for cuBLAS (bench/results/h100).
+    """
 
     name = "cuda-nm"
     layout = FragmentLayout.name
-    default_tokens = 64
+    default_tokens = 256
 
     def supports(self, problem: Problem) -> str | None:
         if problem.pattern != "2:4":
