@@ -73,8 +73,11 @@ def search(blob: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> Al
     # The older name warns where the newer one exists, and knows nothing of splitting K.
     newer = getattr(torch._C, "_cusparselt", None)
     if newer is not None and hasattr(newer, "mm_search"):
-        number, split_k, split_k_mode, _ = newer.mm_search(blob, x.t(), bias, None, None, True)
-        return Algorithm(int(number), int(split_k), int(split_k_mode))
+        try:
+            number, split_k, split_k_mode, *_ = newer.mm_search(blob, x.t(), bias, None, None, True)
+            return Algorithm(int(number), int(split_k), int(split_k_mode))
+        except (TypeError, ValueError):  # it is private: its arguments are another release's
+            pass
     return Algorithm(int(torch._cslt_sparse_mm_search(blob, x.t(), bias=bias, transpose_result=True)))
 
 
