@@ -126,23 +126,41 @@ def test_nm_launch(gpu):
     assert list(launch.arguments[-4:]) == [40, 264, 5, cut.splits]
 
 
+@pytest.mark.parametrize("tokens", [1, 6, 16])
+@pytest.mark.parametrize("shape", [(40, 264), (40, 4096)])
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-def test_a_bound_call_launches_what_an_unbound_one_does(gpu, pattern):
-    backend, tensors = (CudaNMBackend(), nm_weight()) if pattern == "2:4" else (CudaBitmapBackend(), bitmap_weight())
-    x, bias = torch.randn(2, 3, 264).bfloat16(), torch.randn(40).bfloat16()
-    call = backend.bind(tensors, bias, (40, 264), None)
-    bound = call(x, (tensors, bias))
-    free = backend.run(x.view(6, 264), tensors, bias, (40, 264), None)
-    assert bound.shape == (2, 3, 40)
-    first, second = gpu.launches
-    changing = [first.arguments.index(bound.data_ptr()), second.arguments.index(free.data_ptr())]
-    assert changing[0] == changing[1]
-    for launch in (first, second):
-        assert launch.arguments[changing[0]] not in pointers(*tensors, bias, x)
-    same = [[value for place, value in enumerate(launch.arguments) if place != changing[0]] for launch in gpu.launches]
-    assert same[0] == same[1]
-    assert (first.name, first.grid, first.shared) == (second.name, second.grid, second.shared)
-    assert bias.data_ptr() in first.arguments
+def test_a_bound_call_launches_what_an_unbound_one_does(gpu, pattern, shape, tokens):
+    backend, tensors = (
+        (CudaNMBackend(), nm_weight(*shape)) if pattern == "2:4" else (CudaBitmapBackend(), bitmap_weight(*shape))
+    )
+    held = tensors, torch.randn(40).bfloat16()
+    call = backend.bind(*held, shape, None)
+    inputs = [torch.randn(1, tokens, shape[1]).bfloat16() for _ in range(2)]
+    bound = [call(x, held) for x in inputs]
+    free = [backend.run(x[0], *held, shape, None) for x in inputs]
+    assert bound[0].shape == (1, tokens, 40)
+    for i, x in enumerate(inputs):
+        names = {address: "weight" + str(n) for n, address in enumerate(pointers(*tensors))}
+        names |= {x.data_ptr(): "x", held[1].data_ptr(): "bias"}
+        names |= {counters.data_ptr(): "counters" for counters in launcher._counters.values()}
+        one, other = (
+            [({**names, out.data_ptr(): "out"}.get(a, a) if a > 2**20 else a) for a in launch.arguments]
+            for launch, out in ((gpu.launches[i], bound[i]), (gpu.launches[2 + i], free[i]))
+        )
+        # Only a workspace may lie elsewhere.
+        assert len(one) == len(other)
+        assert [a for a, b in zip(one, other, strict=True) if a != b and not (type(a) is type(b) is int)] == []
+        assert {"x", "bias", "out"} <= set(one)
+    known = [(launch.name, launch.grid, launch.block, launch.shared) for launch in gpu.launches]
+    assert known[:2] == known[2:]
+
+
+def test_a_bound_call_copies_activations_it_cannot_read(gpu):
+    tensors = bitmap_weight(16, 128)
+    call = CudaBitmapBackend().bind(tensors, None, (16, 128), None)
+    x = torch.randn(1 + 128).bfloat16()[1:].view(1, 128)
+    call(x, (tensors, None))
+    assert gpu.launches[0].arguments[3] not in (0, x.data_ptr())
 
 
 def test_a_weight_that_does_not_fit_is_not_bound_to_a_launch(gpu):

@@ -12,7 +12,9 @@ from torch.nn import functional
 from wandapp_kernels.backends.base import Backend, Call, Held, Problem
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout, panel_counts
 from wandapp_kernels.backends.cuda.launcher import (
+    ALIGNMENT,
     DTYPES,
+    Prepared,
     check_tensor,
     counters,
     is_aligned,
@@ -49,6 +51,10 @@ class BitmapPlan:
     splits: int
     ctas: int
     tokens: int
+
+    def kernel(self, dtype: torch.dtype) -> str:
+        """The entry point in csrc/cuda/bitmap_decode.cu."""
+        return f"bitmap_decode_{DTYPES[dtype]}_{8 * self.token_tiles}"
 
     @property
     def threads(self) -> int:
@@ -145,7 +151,7 @@ def _launch_checked(
     partial = x.new_empty(plan.partial_floats, dtype=torch.float32) if plan.splits > 1 else None
     launch(
         "bitmap_decode",
-        f"bitmap_decode_{DTYPES[x.dtype]}_{8 * plan.token_tiles}",
+        plan.kernel(x.dtype),
         (plan.ctas, plan.splits),
         plan.threads,
         plan.shared_bytes,
@@ -178,12 +184,40 @@ def decompress(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch
 
 
 class BitmapCall(Call):
-    """A weight whose tensors were checked when it was bound: a call only launches."""
+    """A weight whose tensors were checked when it was bound: a call only launches.
+
+    Where no workspace and no copy of x is needed, the launches for each number of tokens are kept, too.
+    """
+
+    def __init__(self, backend: Backend, shape: tuple[int, int], pattern: Pattern | None):
+        super().__init__(backend, shape, pattern)
+        self._prepared: dict[int, Prepared | None] = {}
 
     def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
-        (tensors, bias), (rows, columns) = held, self._shape
-        out = x.new_empty((*x.shape[:-1], rows))
-        return _launch_checked(x, x.numel() // columns, tensors, bias, self._shape, out)
+        rows, columns = self._shape
+        out, tokens, address = x.new_empty((*x.shape[:-1], rows)), x.numel() // columns, x.data_ptr()
+        if tokens not in self._prepared:
+            self._prepared[tokens] = self._prepare(x, tokens, held)
+        prepared = self._prepared[tokens]
+        if prepared is None or address % ALIGNMENT:
+            return _launch_checked(x, tokens, *held, self._shape, out)
+        prepared(address, out.data_ptr())
+        return out
+
+    def _prepare(self, x: torch.Tensor, tokens: int, held: Held) -> Prepared | None:
+        plan = plan_decode(tokens, self._shape, multiprocessors(x.device), shared_memory(x.device))
+        if plan.splits > 1 or self._shape[1] % 8:
+            return None
+        tensors, bias = held
+        return Prepared(
+            "bitmap_decode",
+            plan.kernel(x.dtype),
+            (plan.ctas, plan.splits),
+            plan.threads,
+            plan.shared_bytes,
+            (*tensors, Prepared.X, bias, Prepared.OUT, None, None, tokens, *self._shape, plan.warps_per_slab),
+            x.device,
+        )
 
 
 class CudaBitmapBackend(Backend):
