@@ -13,12 +13,17 @@ RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured yet"
 
 
-def linear_table(folder: Path = RESULTS / "linear") -> str:
-    """Every row of every device: what dispatch chose, and against torch and the best dense kernel. Losing rows stay."""
+def linear_table(folder: Path = RESULTS / "linear", most_tokens: int | None = None) -> str:
+    """What dispatch chose on every device, against torch and the best dense kernel. Losing rows stay.
+
+    Args:
+        most_tokens: rows with more tokens are left out.
+    """
     parts = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        parts += [table(*_linear_rows(result["rows"]), markdown=True), _linear_conditions(result)]
+        rows = [row for row in result["rows"] if most_tokens is None or row["m"] <= most_tokens]
+        parts += [table(*_linear_rows(rows), markdown=True), _linear_conditions(result)]
     return "\n\n".join(parts) or NOT_MEASURED
 
 

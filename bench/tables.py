@@ -101,7 +101,9 @@ def any_table(name: str) -> str:
         "development": development_table,
         "budget": budget.saved_table,
         "h100": h100.readme_table,
+        "h100:all": h100.docs_table,
         "linear": speed_tables.linear_table,
+        "linear:1": lambda: speed_tables.linear_table(most_tokens=1),
         "llm-compressor": speed_tables.peer_table,
     }
     if name.startswith("model:"):

@@ -203,14 +203,48 @@ def _best_cell(row: dict[str, Any] | None) -> str | None:
 
 
 README_WEIGHTS = ("LLaMA-3-8B gate/up", "LLaMA q/k/v/o")
+README_MODEL, README_PROMPT = "LLaMA-3-8B", 128
+
+
+def whole_sentence() -> str:
+    """What ``bench.h100.whole`` measured, if it did."""
+    path = RESULTS.parent / "whole.json"
+    if not path.exists():
+        return NOT_MEASURED
+    found = json.loads(path.read_text(encoding="utf-8"))
+    samples, tokens = found["samples"]
+    return (
+        f"A whole model of {found['model']}'s shapes ({found['blocks']} blocks, random weights) pruned to "
+        f"{found['pattern']} with {found['method']} on {samples} × {tokens} tokens: {found['seconds']:.0f} s on one "
+        f"{found['gpu']}."
+    )
+
+
+def _sections() -> dict[str, Any] | None:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
 
 
 def readme_table() -> str:
-    """The models, the pruning and the most important linears of the committed run, or that there is none."""
-    if not RESULTS.exists():
+    """The most important linears, one model and the pruning of the committed run, or that there is none."""
+    if (report := _sections()) is None:
         return NOT_MEASURED
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = {name: section["rows"] for name, section in report["sections"].items()}
     micro = [row for row in rows.get("micro", []) if row["name"] in README_WEIGHTS]
-    tables = [best_table(micro), model_table(rows.get("generation", [])), pruning_table(rows.get("pruning", []))]
-    return "\n\n".join([*tables, conditions(report["machine"])])
+    models = [
+        row for row in rows.get("generation", []) if row["model"] == README_MODEL and row["prompt"] == README_PROMPT
+    ]
+    return "\n\n".join([best_table(micro), model_table(models), whole_sentence(), conditions(report["machine"])])
+
+
+def docs_table() -> str:
+    """Everything of the committed run but the single backends' times, which its table.md has."""
+    if (report := _sections()) is None:
+        return NOT_MEASURED
+    rows = {name: section["rows"] for name, section in report["sections"].items()}
+    parts = [
+        *(best_table(rows.get("micro", [])), "Gate and up with SiLU and product:"),
+        *(plain_table(rows.get("swiglu", [])), "Scoring, masking, compressing:"),
+        *(plain_table(rows.get("scoring", [])), "Models:", model_table(rows.get("generation", []))),
+        *("Pruning:", pruning_table(rows.get("pruning", [])), whole_sentence(), conditions(report["machine"])),
+    ]
+    return "\n\n".join(parts)

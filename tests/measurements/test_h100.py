@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.h100 import __main__ as command
-from bench.h100 import cases, models, numerics, scoring, tables, timing
+from bench.h100 import cases, models, numerics, scoring, swiglu, tables, timing, whole
 from bench.h100.clock import Clock, Section
 from bench.h100.micro import row
 from bench.h100.timing import Timing, copies_for, summary
@@ -299,11 +299,13 @@ def test_page_plots_and_files(tmp_path):
 
 def test_readme_says_so_when_nothing_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results.json")
-    assert tables.readme_table() == "not measured yet"
+    assert tables.readme_table() == tables.docs_table() == tables.whole_sentence() == "not measured yet"
     assert tables.micro_table([]) == tables.model_table([]) == tables.plain_table([]) == "not measured yet"
     command.write(tmp_path, report())
+    monkeypatch.setattr(tables, "README_MODEL", "LLaMA-7B")
     assert "1.50×" in tables.readme_table()
     assert "200.0" in tables.readme_table()
+    assert "12.35" in tables.docs_table()  # of scoring
 
 
 def test_without_a_gpu_it_is_one_sentence(capsys):
@@ -349,6 +351,25 @@ def test_pruning_is_timed_block_by_block(now):
     }
     assert len(section.rows) == 6
     assert all(row["seconds"] > 0 and row["samples"] == [2, 8] for row in section.rows)
+
+
+def test_a_whole_model_is_pruned(monkeypatch, tmp_path, capsys):
+    found = whole.prune("cpu", (2, 8), **TINY)
+    assert found["blocks"] == len(found["block_seconds"]) == TINY["num_hidden_layers"]
+    assert found["seconds"] >= sum(found["block_seconds"])
+    assert "block 2 of 2" in capsys.readouterr().out
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results.json")
+    (tmp_path / "whole.json").write_text(json.dumps({**found, "gpu": "Fake H100", "seconds": 211.6}))
+    assert "(2 blocks, random weights) pruned to 2:4 with wanda++ on 2 × 8 tokens: 212 s" in tables.whole_sentence()
+
+
+def test_the_fused_pair_is_left_out_without_a_gpu(now):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    section = Section("swiglu", 100, Clock(100, now))
+    swiglu.measure(section, 1)
+    assert section.rows == []
+    assert [item["what"] for item in section.left_out] == ["LLaMA-3-8B", "LLaMA-7B"]
 
 
 def test_generation_is_timed_dense_and_sparse(now, monkeypatch):
