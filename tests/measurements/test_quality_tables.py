@@ -90,6 +90,7 @@ def test_rows_of_linears_lose_nothing(tmp_path):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| 8")]
     assert cells[0] == ["8 × 4", "2:4", "1", "cpu-nm", "1,234", "9.9", "2.50", "1.50", "1.78"]
     assert cells[1][1:4] == ["50%", "16", "cpu-bitmap"] and cells[1][7:] == ["0.80", "–"]
+    assert "cpu-bitmap" not in speed_tables.linear_table(tmp_path, most_tokens=1)
     assert (
         "a CPU, 2 threads, kernels avx2, bfloat16" in lines[-1]
         and "20.5 GB/s" in lines[-1]
