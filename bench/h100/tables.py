@@ -178,7 +178,7 @@ def plots(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 SHOWN_TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
 
 
-def best_table(rows: Sequence[dict[str, Any]]) -> str:
+def best_table(rows: Sequence[dict[str, Any]], shown_tokens: Sequence[int] = SHOWN_TOKENS) -> str:
     """One line a weight: for each number of tokens the fastest sparse backend, times dense."""
     if not rows:
         return NOT_MEASURED
@@ -193,9 +193,9 @@ def best_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for (name, shape, pattern, density), line in best.items():
         kind = pattern if pattern == "2:4" else f"{density} % kept"
-        cells = [_best_cell(line.get(tokens)) for tokens in SHOWN_TOKENS]
+        cells = [_best_cell(line.get(tokens)) for tokens in shown_tokens]
         lines.append([f"{name}, {shape[0]} × {shape[1]}", kind, *cells])
-    return table(["weight", "pattern", *(f"M = {tokens}" for tokens in SHOWN_TOKENS)], lines, markdown=True)
+    return table(["weight", "pattern", *(f"M = {tokens}" for tokens in shown_tokens)], lines, markdown=True)
 
 
 def _best_cell(row: dict[str, Any] | None) -> str | None:
@@ -203,6 +203,8 @@ def _best_cell(row: dict[str, Any] | None) -> str | None:
 
 
 README_WEIGHTS = ("LLaMA-3-8B gate/up", "LLaMA q/k/v/o")
+README_TOKENS = (1, 8, 16, 64, 512, 4096)
+README_DENSITIES = (50, 30)
 README_MODEL, README_PROMPT = "LLaMA-3-8B", 128
 
 
@@ -229,11 +231,14 @@ def readme_table() -> str:
     if (report := _sections()) is None:
         return NOT_MEASURED
     rows = {name: section["rows"] for name, section in report["sections"].items()}
-    micro = [row for row in rows.get("micro", []) if row["name"] in README_WEIGHTS]
+    micro = [
+        row for row in rows.get("micro", []) if row["name"] in README_WEIGHTS and row["density"] in README_DENSITIES
+    ]
     models = [
         row for row in rows.get("generation", []) if row["model"] == README_MODEL and row["prompt"] == README_PROMPT
     ]
-    return "\n\n".join([best_table(micro), model_table(models), whole_sentence(), conditions(report["machine"])])
+    linears = best_table(micro, README_TOKENS)
+    return "\n\n".join([linears, model_table(models), whole_sentence(), conditions(report["machine"])])
 
 
 def docs_table() -> str:
