@@ -104,19 +104,11 @@ PTX_FUNCTION void cp_async_wait() {
 
 // Global memory (9.7.9.8) --------------------------------------------------------------------------------------------
 
-// 16, 8 or 4 bytes of weights: read once by one CTA, constant during the kernel, so not kept in L1.
+// 16 or 4 bytes of weights: read once by one CTA, constant during the kernel, so not kept in L1.
 PTX_FUNCTION uint4 load_stream_128(const uint4* address) {
     uint4 value;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address));
-    return value;
-}
-
-PTX_FUNCTION uint2 load_stream_64(const uint2* address) {
-    uint2 value;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(value.x), "=r"(value.y)
                  : "l"(address));
     return value;
 }
@@ -162,8 +154,6 @@ PTX_FUNCTION float4 load_partials(const float4* address) {
     return value;
 }
 
-PTX_FUNCTION void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
 // Orders this thread's earlier accesses before its later ones, seen by the whole device (9.7.13.4).
 PTX_FUNCTION void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
@@ -198,8 +188,6 @@ PTX_FUNCTION u32 shuffle_up_add(u32 value, int lanes) {
                  : "r"(value), "r"(lanes));
     return sum;
 }
-
-PTX_FUNCTION u32 shuffle_down(u32 value, int lanes) { return __shfl_down_sync(0xffffffffu, value, lanes); }
 
 PTX_FUNCTION u32 ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 

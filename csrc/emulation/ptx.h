@@ -108,7 +108,6 @@ void cp_async_wait() {
 // Global memory ------------------------------------------------------------------------------------------------------
 
 inline uint4 load_stream_128(const uint4* address) { return detail::load_aligned(address); }
-inline uint2 load_stream_64(const uint2* address) { return detail::load_aligned(address); }
 inline u32 load_stream_32(const u32* address) { return detail::load_aligned(address); }
 
 template <class T>
@@ -136,8 +135,6 @@ inline void store_partials(float4* address, const float4& value) {
 }
 
 inline float4 load_partials(const float4* address) { return detail::load_aligned(address); }
-
-inline void prefetch_l2(const void*) {}
 
 inline void fence_device() {
     auto& stores = emulation::current_thread().stores;
@@ -204,11 +201,6 @@ inline u32 shuffle_up(u32 value, int lanes) {
 inline u32 shuffle_up_add(u32 value, int lanes) {
     const u32 below = shuffle_up(value, lanes);
     return detail::lane() >= lanes ? value + below : value;
-}
-
-inline u32 shuffle_down(u32 value, int lanes) {
-    const int source = detail::lane() + lanes;
-    return detail::exchange("shfl.down", value, source > 31 ? detail::lane() : source);
 }
 
 inline u32 ballot(bool predicate) {

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from wandapp_kernels.backends import child as child_module
 from wandapp_kernels.backends.child import Child, ChildError
 
 # Answers its own number and what was asked, or does what it is told.
@@ -19,6 +20,11 @@ for line in sys.stdin:
     if do == "die":
         print("the last words", file=sys.stderr, flush=True)
         os.abort()
+    if do == "be killed":
+        os.kill(os.getpid(), 9)
+    if do == "close":
+        os.close(1)
+        time.sleep(60)
     if do == "fail":
         sys.exit(3)
     if do == "leave":
@@ -77,6 +83,21 @@ def test_no_answer_is_an_error_and_the_next_question_a_new_process(child, do, wo
     assert raised.value.lasting
     after = child.ask({"do": "answer"})
     assert after["process"] != before and after["question"] == {"do": "answer"}
+
+
+def test_one_that_was_killed_from_outside_is_no_lasting_reason(child):
+    with pytest.raises(ChildError, match=r"died \(signal 9\)") as raised:
+        child.ask({"do": "be killed"})
+    assert not raised.value.lasting
+
+
+def test_a_closed_output_without_an_end_is_an_error(child, monkeypatch):
+    monkeypatch.setattr(child_module, "_END_SECONDS", 0.5)
+    before = child.ask({"do": "answer"})["process"]
+    with pytest.raises(ChildError, match="closed its output and did not end"):
+        child.ask({"do": "close"})
+    assert not running(before)
+    assert child.ask({"do": "answer"})["process"] != before
 
 
 def test_silence_ends_the_process():

@@ -363,8 +363,12 @@ def test_a_kernel_that_cannot_be_loaded_under_capture_says_what_to_do(gpu, monke
 
     monkeypatch.setattr(sys.modules["cupy"], "RawModule", refuse)
     gpu.capturing = True
+    x = torch.randn(1, 128).bfloat16()
     with pytest.raises(KernelError, match=r"CAPTURE_UNSUPPORTED.*call it once before the capture"):
-        bitmap_decode(torch.randn(1, 128).bfloat16(), bitmap_weight(16, 128), None, (16, 128))
+        bitmap_decode(x, bitmap_weight(16, 128), None, (16, 128))
+    for backend, tensors in ((CudaNMBackend(), nm_weight(16, 128)), (CudaBitmapBackend(), bitmap_weight(16, 128))):
+        with pytest.raises(KernelError, match=r"CAPTURE_UNSUPPORTED.*call it once before the capture"):
+            backend.bind(tensors, None, (16, 128), None)(x, (tensors, None))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,26 @@ def test_the_random_weight_is_two_of_four_in_every_place():
     assert bool((kept.sum(1) == 2).all()) and len(kept.unique(dim=0)) == 6
 
 
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        ("CUDA error: out of memory", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", False),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", False),
+        ("CUDA error: an illegal instruction was encountered", True),
+    ],
+)
+def test_the_state_of_the_gpu_is_no_lasting_reason(monkeypatch, error, lasting):
+    def fail(*_):
+        raise RuntimeError(error)
+
+    asked = {"job": "search", "device": "cpu", "dtype": "bfloat16", **SIZES}
+    monkeypatch.setitem(cusparselt_search._JOBS, "search", fail)
+    assert cusparselt_search.answer(asked) == {"reason": error, "lasting": lasting, "ends": True}
+    monkeypatch.setattr(cusparselt_search, "random_weight", fail)  # nothing was tried yet
+    assert cusparselt_search.answer(asked)["lasting"] is False
+
+
 def test_the_module_answers_as_a_program():
     asked = json.dumps({"job": "cutlass", "device": "cpu", "dtype": "float16", **SIZES}) + "\n"
     command = module_command("wandapp_kernels.backends.cusparselt_search")

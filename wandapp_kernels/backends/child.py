@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,11 +97,16 @@ class Child:
                 return answer
             status = process.wait(_END_SECONDS)
             if status:
-                raise ChildError(f"the process died ({_ending(status)}){self._last_words()}")
+                # SIGKILL comes from outside: a host short of memory, not this question.
+                raise ChildError(
+                    f"the process died ({_ending(status)}){self._last_words()}", lasting=status != -signal.SIGKILL
+                )
         except BaseException as error:
             # Whatever it answers later must not be taken for the answer to another question.
             process.kill()
             self.close()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise ChildError("the process closed its output and did not end") from error
             if isinstance(error, ValueError):
                 raise ChildError(f"its answer cannot be read: {lines[0].strip()[:200]}") from error
             raise

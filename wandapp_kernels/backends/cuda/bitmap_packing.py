@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from wandapp_kernels.backends.cuda.bitmap_layout import ALIGNMENT, PANEL_COLUMNS, SLAB_ROWS
 from wandapp_kernels.backends.cuda.launcher import launch
-from wandapp_kernels.errors import KernelError, SparsityError
+from wandapp_kernels.errors import SparsityError
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.checks import check_tensor
 from wandapp_kernels.sparsity.packing import packed_bytes
@@ -45,14 +45,14 @@ def unpack(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> BitmapWei
     """The canonical weight again.
 
     Raises:
-        KernelError: the tensors are not those of a weight of that shape.
+        SparsityError: the tensors are not those of a weight of that shape.
     """
     packed, words, offsets = (tensor.contiguous() for tensor in tensors)
     counted = _Counted(shape, packed.device)
     for tensor, name, size in ((words, "bitmap", (counted.panels, 32, 2)), (offsets, "offsets", (counted.panels + 1,))):
         if tensor.shape != size or tensor.dtype != torch.int32 or tensor.device != packed.device:
             found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise KernelError(f"a weight of shape {shape} cannot be unpacked: {name} is {found}")
+            raise SparsityError(f"a weight of shape {shape} cannot be unpacked: {name} is {found}")
     bitmap = packed.new_empty((shape[0], packed_bytes(shape[1], 1)), dtype=torch.uint8)
     _launch("bitmap_unpack_words", (words, bitmap, counted.counts, counted.segments), shape)
     starts = counted.starts()
@@ -60,7 +60,7 @@ def unpack(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> BitmapWei
     differences = (offsets != counted.offsets()).sum()
     wrong, kept, units = torch.stack([differences, starts[-1], offsets[-1].long()]).tolist()
     if wrong or units * ALIGNMENT > packed.numel():
-        raise KernelError(
+        raise SparsityError(
             f"a weight of shape {shape} cannot be unpacked: bitmap, offsets and values do not fit together"
         )
     values = packed.new_empty(kept)

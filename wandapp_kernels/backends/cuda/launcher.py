@@ -197,12 +197,17 @@ class Prepared:
         device: torch.device,
     ):
         self._index = device_index(device)
-        kernel = _kernel(source, name, self._index, len(arguments))
-        self._arguments, self._driver = _Arguments(len(arguments)), kernel.driver
+        self._how = (name, grid, threads, shared_bytes)
+        try:
+            self._kernel = kernel = _kernel(source, name, self._index, len(arguments))
+        except KernelError:
+            raise
+        except Exception as error:
+            raise _refused(*self._how, error) from error
+        self._arguments = _Arguments(len(arguments))
         self._x, self._out = ([a is each for a in arguments].index(True) for each in (self.X, self.OUT))
         known = [0 if a is None or a is self.X or a is self.OUT else a for a in arguments]
         self._arguments.values[:] = [a if isinstance(a, int) else a.data_ptr() for a in known]
-        self._how = (name, grid, threads, shared_bytes)
         self._launch = (kernel.function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes)
 
     def __call__(self, x: int, out: int) -> None:
@@ -222,7 +227,7 @@ class Prepared:
             with arguments.lock:
                 arguments.values[self._x] = x
                 arguments.values[self._out] = out
-                self._driver(*self._launch, _stream(self._index), arguments.address, 0)
+                self._kernel.driver(*self._launch, _stream(self._index), arguments.address, 0)
         except Exception as error:
             raise _refused(*self._how, error) from error
 

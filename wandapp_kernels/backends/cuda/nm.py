@@ -181,7 +181,7 @@ def nm_swiglu_refusal(
     up_bias: torch.Tensor | None,
     shape: tuple[int, int],
 ) -> str | None:
-    """None when :func:`nm_swiglu` takes these and is worth calling, else the reason in one sentence; no tensor is read.
+    """None when :func:`nm_swiglu` takes these, else the reason in one sentence; no tensor is read.
 
     It refuses devices and types without the kernel, no token, more than ``SWIGLU_TOKENS`` of them, and tensors that are
     not two weights of ``shape`` in layout ``"nm-mma"`` with their biases.
