@@ -13,7 +13,7 @@ from torch.nn import functional
 from wandapp_kernels.backends.cuda import bitmap, bitmap_packing, launcher, nm, nm_packing
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
-from wandapp_kernels.errors import KernelError, SparsityError
+from wandapp_kernels.errors import SparsityError
 from wandapp_kernels.sparsity import mask_from_scores
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.nm_weight import NMWeight
@@ -125,7 +125,7 @@ def test_packing_refuses_unstructured_weights_that_do_not_fit(gpu, monkeypatch):
         ([values, words, wrong], "do not fit together"),
         ([values[:-1], words, offsets], "do not fit together"),
     ):
-        with pytest.raises(KernelError, match=words_):
+        with pytest.raises(SparsityError, match=words_):
             layout.unpack(tensors, (20, 140), None)
 
 
