@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
-from fake_cupy import Gpu, install
+from cuda_problem import bitmap_weight, nm_weight, pointers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,50 +16,10 @@ from wandapp_kernels.backends.cuda import bitmap, launcher
 from wandapp_kernels.backends.cuda import nm as nm_backend
 from wandapp_kernels.backends.cuda.ahead import source_folder
 from wandapp_kernels.backends.cuda.bitmap import CudaBitmapBackend, bitmap_decode, decompress, plan_decode
-from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout, panel_counts
-from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
-from wandapp_kernels.backends.cuda.gemm_plan import plan_gemm
+from wandapp_kernels.backends.cuda.bitmap_layout import panel_counts
 from wandapp_kernels.backends.cuda.nm import CudaNMBackend, nm_decode, nm_gemm, nm_swiglu, nm_swiglu_refusal
 from wandapp_kernels.backends.cuda.plan import plan
-from wandapp_kernels.errors import KernelError, SparsityError
-from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
-from wandapp_kernels.sparsity.nm_weight import NMWeight
-
-CACHED = (
-    launcher._kernel,
-    launcher._cupy_stream,
-    launcher._cupy_missing,
-    launcher.multiprocessors,
-    launcher.shared_memory,
-)
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path) -> Iterator[Gpu]:
-    monkeypatch.setenv("WANDAPP_CACHE", str(tmp_path))
-    for kept in ("_counters", "_slabs", "_given"):
-        monkeypatch.setattr(launcher, kept, {})
-    for cached in CACHED:
-        cached.cache_clear()
-    yield install(monkeypatch)
-    for cached in CACHED:
-        cached.cache_clear()
-
-
-def bitmap_weight(rows=40, columns=264, dtype=torch.bfloat16) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(rows, columns, generator=generator).to(dtype)
-    return BitmapMmaLayout().pack(BitmapWeight.compress(dense, torch.rand(rows, columns, generator=generator) < 0.5))
-
-
-def nm_weight(rows=40, columns=264, dtype=torch.bfloat16) -> list[torch.Tensor]:
-    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    dense.view(rows, -1, 4)[..., 2:] = 0
-    return FragmentLayout().pack(NMWeight.compress(dense, pattern="2:4"))
-
-
-def pointers(*tensors: torch.Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+from wandapp_kernels.errors import KernelError
 
 
 def test_bitmap_launch(gpu):
@@ -126,90 +85,6 @@ def test_nm_launch(gpu):
     assert list(launch.arguments[-4:]) == [40, 264, 5, cut.splits]
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 16])
-@pytest.mark.parametrize("shape", [(40, 264), (40, 4096)])
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-def test_a_bound_call_launches_what_an_unbound_one_does(gpu, pattern, shape, tokens):
-    backend, tensors = (
-        (CudaNMBackend(), nm_weight(*shape)) if pattern == "2:4" else (CudaBitmapBackend(), bitmap_weight(*shape))
-    )
-    held = tensors, torch.randn(40).bfloat16()
-    call = backend.bind(*held, shape, None)
-    inputs = [torch.randn(1, tokens, shape[1]).bfloat16() for _ in range(2)]
-    bound = [call(x, held) for x in inputs]
-    free = [backend.run(x[0], *held, shape, None) for x in inputs]
-    assert bound[0].shape == (1, tokens, 40)
-    for i, x in enumerate(inputs):
-        names = {address: "weight" + str(n) for n, address in enumerate(pointers(*tensors))}
-        names |= {x.data_ptr(): "x", held[1].data_ptr(): "bias"}
-        names |= {counters.data_ptr(): "counters" for counters in launcher._counters.values()}
-        one, other = (
-            [({**names, out.data_ptr(): "out"}.get(a, a) if a > 2**20 else a) for a in launch.arguments]
-            for launch, out in ((gpu.launches[i], bound[i]), (gpu.launches[2 + i], free[i]))
-        )
-        # Only a workspace may lie elsewhere.
-        assert len(one) == len(other)
-        assert [a for a, b in zip(one, other, strict=True) if a != b and not (type(a) is type(b) is int)] == []
-        assert {"x", "bias", "out"} <= set(one)
-    known = [(launch.name, launch.grid, launch.block, launch.shared) for launch in gpu.launches]
-    assert known[:2] == known[2:]
-
-
-def test_a_bound_call_copies_activations_it_cannot_read(gpu):
-    tensors = bitmap_weight(16, 128)
-    call = CudaBitmapBackend().bind(tensors, None, (16, 128), None)
-    x = torch.randn(1 + 128).bfloat16()[1:].view(1, 128)
-    call(x, (tensors, None))
-    assert gpu.launches[0].arguments[3] not in (0, x.data_ptr())
-
-
-def test_a_weight_that_does_not_fit_is_not_bound_to_a_launch(gpu):
-    x, bias = torch.randn(1, 264).bfloat16(), torch.randn(41).bfloat16()
-    for backend, tensors in ((CudaNMBackend(), nm_weight()), (CudaBitmapBackend(), bitmap_weight())):
-        call = backend.bind(tensors, bias, (40, 264), None)
-        with pytest.raises(KernelError, match="bias"):
-            call(x, (tensors, bias))
-    assert not gpu.launches
-
-
-def test_gemm_launch(gpu):
-    tensors, x = nm_weight(), torch.randn(33, 264).bfloat16()
-    out = nm_gemm(x, tensors, None, (40, 264))
-    (launch,) = gpu.launches
-    cut = plan_gemm(40, 264, 33, 132, launcher.shared_memory(x.device))
-    assert launch.name == cut.kernel(torch.bfloat16)
-    assert launch.grid == cut.grid
-    assert (launch.block, launch.shared) == ((cut.tile.threads, 1, 1), cut.tile.shared_bytes)
-    assert list(launch.arguments[:5]) == pointers(*tensors, x, None, out)
-    assert list(launch.arguments[-4:]) == [40, 264, 33, cut.splits]
-
-
-def test_gemm_takes_the_tile_and_the_splits_it_is_told(gpu):
-    nm_gemm(torch.randn(33, 264).bfloat16(), nm_weight(), None, (40, 264), tile="128x128", splits=5)
-    (launch,) = gpu.launches
-    assert launch.name == "nm_gemm_bf16_128x128"
-    assert launch.grid == (5, 1, 1)
-    assert launch.arguments[-1] == 5
-
-
-def test_gemm_copies_activations_that_16_byte_loads_cannot_read(gpu):
-    odd = torch.randn(20, 260).bfloat16()
-    nm_gemm(odd, nm_weight(40, 260), None, (40, 260))
-    view = torch.randn(1 + 20 * 264).bfloat16()[1:].view(20, 264)
-    nm_gemm(view, nm_weight(), None, (40, 264))
-    first, second = gpu.launches
-    assert first.arguments[-3] == 264
-    for launch, x in ((first, odd), (second, view)):
-        assert launch.arguments[2] % 16 == 0
-        assert launch.arguments[2] != x.data_ptr()
-
-
-@pytest.mark.parametrize(("tokens", "kernel"), [(16, "nm_decode_bf16_16"), (17, "nm_gemm_bf16_")])
-def test_the_backend_calls_the_kernel_for_so_many_tokens(gpu, tokens, kernel):
-    CudaNMBackend().run(torch.randn(tokens, 264).bfloat16(), nm_weight(), None, (40, 264), None)
-    assert gpu.launches[0].name.startswith(kernel)
-
-
 def test_swiglu_launch(gpu):
     gate, up, x = nm_weight(), nm_weight(), torch.randn(2, 264).bfloat16()
     out = nm_swiglu(x, gate, up, None, None, (40, 264))
@@ -267,58 +142,6 @@ def test_what_outlives_a_call_is_memory_of_cupy(gpu, monkeypatch):
     monkeypatch.setattr(sys.modules["cupy"], "zeros", lambda *a, **k: made.append(gpu.active_stream) or zeros(*a, **k))
     bitmap_decode(torch.randn(16, 4096).half(), bitmap_weight(40, 4096, torch.float16), None, (40, 4096))
     assert made == [gpu.stream, gpu.stream]  # the stock and the stream's own, zeroed on torch's stream
-
-
-@pytest.fixture
-def gpu_weights(gpu, monkeypatch):
-    """Weights on the CPU count as weights on the GPU."""
-    monkeypatch.setattr(launcher, "why_not", lambda device, dtype: None)
-
-
-def test_packing_launches(gpu, gpu_weights):
-    dense = torch.randn(70, 130, generator=torch.Generator().manual_seed(0)).half()
-    dense.view(-1, 2)[:, 1] = 0
-    weight = NMWeight.compress(dense, pattern="2:4")
-    values, metadata = FragmentLayout().pack(weight)
-    back = FragmentLayout().unpack([values, metadata], (70, 130), None)
-    whole = FragmentLayout().decompress([values, metadata], (70, 130), None)
-    packed, unpacked, decompressed = gpu.launches
-    assert [launch.name for launch in gpu.launches] == ["nm_pack", "nm_unpack", "nm_decompress"]
-    assert (packed.grid, packed.block, packed.shared) == ((6, 1, 1), (256, 1, 1), 0)
-    assert (unpacked.grid, decompressed.grid) == ((-(-70 * 66 // 256), 1, 1), (6, 1, 1))
-    assert list(packed.arguments) == [
-        *pointers(weight.values, weight.indices, values, metadata),
-        *(70, 130),
-    ]
-    assert list(unpacked.arguments[:4]) == pointers(values, metadata, back.values, back.indices)
-    assert list(decompressed.arguments) == [*pointers(values, metadata, whole), 70, 130]
-    assert (back.values.shape, back.indices.shape) == (weight.values.shape, weight.indices.shape)
-    assert (whole.shape, whole.dtype) == ((70, 130), torch.float16)
-
-
-def test_packing_refuses_what_does_not_fit_before_the_launch(gpu, gpu_weights):
-    weight = NMWeight.compress(torch.eye(8, 16).half(), pattern="2:4")
-    with pytest.raises(SparsityError, match="indices has shape"):
-        FragmentLayout().pack(NMWeight(weight.values, weight.indices[:, :1], weight.shape, weight.pattern))
-    for wrong in (nm_weight(65, 64), [nm_weight(8, 16)[0], torch.zeros(1, 1, 32, 4)]):
-        with pytest.raises(KernelError, match="cannot be unpacked"):
-            FragmentLayout().decompress(wrong, (8, 16), None)
-        with pytest.raises(KernelError, match="cannot be unpacked"):
-            FragmentLayout().unpack(wrong, (8, 16), None)
-    assert {launch.name for launch in gpu.launches} <= {"nm_pack"}
-
-
-def test_a_weight_without_rows_is_not_launched(gpu, gpu_weights):
-    weight = NMWeight.compress(torch.zeros(0, 16).half(), pattern="2:4")
-    tensors = FragmentLayout().pack(weight)
-    assert FragmentLayout().decompress(tensors, (0, 16), None).shape == (0, 16)
-    assert not gpu.launches
-
-
-def test_bitmap_values_that_do_not_fit_their_offsets_are_refused():
-    weight = BitmapWeight.compress(torch.eye(16, 128).half())
-    with pytest.raises(SparsityError, match="row_offsets ends at 16, but there are 15 values"):
-        BitmapMmaLayout().pack(BitmapWeight(weight.values[:15], weight.bitmap, weight.row_offsets, weight.shape))
 
 
 def test_swiglu_takes_any_leading_dimensions_and_views(gpu, monkeypatch):
