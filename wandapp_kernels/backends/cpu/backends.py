@@ -59,8 +59,8 @@ class CpuLinear(CompiledBackend):
         self.name = name
         self.operator = operator
         self.layout = layout
-        # Beyond, strips for a dense library with native bf16 are faster (bench/results/linear/intel_xeon.json: slower at
-        # 8 tokens, 2.8 times as fast at 64); without one, these kernels are at any number of tokens.
+        # Beyond, strips for a dense library with native bf16 are faster (bench/results/linear/intel_xeon.json: slower
+        # at 8 tokens, 2.8 times as fast at 64); without one, these kernels are at any number of tokens.
         # Spreading a bitmap for a few tokens at a time costs more than once for all of them.
         self.default_tokens = 16 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else _UNLIMITED
 
