@@ -61,7 +61,7 @@ VARIANTS = {
     ],
 }
 LIBRARIES = ["-ldl"] if platform.system() == "Linux" else []  # dlsym, before glibc 2.34
-PLAIN = ["cpu_features.cpp", "parallel.cpp", "thread_pool.cpp", "linear.cpp", "module.cpp"]
+PLAIN = ["cpu_features.cpp", "parallel.cpp", "thread_pool.cpp", "linear.cpp", "windows_packing.cpp", "module.cpp"]
 
 
 class BuildKernels(build_ext):

@@ -93,20 +93,5 @@ void expand_bitmap(const Matrix& matrix, int64_t r, Out* row, int64_t from, cons
   }
 }
 
-// Row r into `row` (cols elements).
-template <class T, class Out>
-void expand_row(Format format, const Matrix& matrix, int64_t r, Out* row) {
-  if (format == Format::dense) {
-    const T* values = static_cast<const T*>(matrix.values) + r * matrix.cols;
-    for (int64_t k = 0; k < matrix.cols; ++k) put(row, k, values[k]);
-    return;
-  }
-  if (format == Format::nm) expand_nm<T>(matrix, r, row, 0);
-  if (format == Format::nm_pairs) expand_nm_pairs<T>(matrix, r, row, 0);
-  if (format == Format::bitmap) {
-    expand_bitmap(matrix, r, row, 0, static_cast<const T*>(matrix.values) + matrix.offsets[r]);
-  }
-}
-
 }  // namespace
 }  // namespace wandapp

@@ -9,6 +9,7 @@
 //   nm_pairs  2:4 in blocks of 4 rows, see avx2_pairs.h
 //   bitmap    values T [nnz], meta = one bit a column, little-endian, every row starts on a byte;
 //             offsets int64 [rows + 1]
+//   bitmap_windows  unstructured in blocks of 4 rows, see windows.h
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,7 @@
 
 namespace wandapp {
 
-enum class Format { dense, nm, nm_pairs, bitmap };
+enum class Format { dense, nm, nm_pairs, bitmap, bitmap_windows };
 enum class Type { bf16, fp16, fp32 };
 
 struct Matrix {

@@ -4,6 +4,7 @@
 #include "avx2_decompress_pairs.h"
 #include "avx2_dense.h"
 #include "avx2_pairs.h"
+#include "avx2_windows.h"
 
 namespace wandapp {
 namespace {
@@ -13,6 +14,7 @@ const Kernel* of_type(Format format) {
   if (format == Format::dense) return &kDense<T>;
   if (format == Format::nm_pairs) return &kPairs<T>;
   if (format == Format::bitmap) return &kBitmap<T>;
+  if (format == Format::bitmap_windows) return &kWindows<T>;
   return nullptr;
 }
 

@@ -1,8 +1,24 @@
 // Portable C++: a row is expanded to fp32 once and multiplied with every token.
-#include "expand.h"
+#include "windows.h"
 
 namespace wandapp {
 namespace {
+
+// Row r into `row` (cols elements).
+template <class T, class Out>
+void expand_row(Format format, const Matrix& matrix, int64_t r, Out* row) {
+  if (format == Format::dense) {
+    const T* values = static_cast<const T*>(matrix.values) + r * matrix.cols;
+    for (int64_t k = 0; k < matrix.cols; ++k) put(row, k, values[k]);
+    return;
+  }
+  if (format == Format::nm) expand_nm<T>(matrix, r, row, 0);
+  if (format == Format::nm_pairs) expand_nm_pairs<T>(matrix, r, row, 0);
+  if (format == Format::bitmap) {
+    expand_bitmap(matrix, r, row, 0, static_cast<const T*>(matrix.values) + matrix.offsets[r]);
+  }
+  if (format == Format::bitmap_windows) expand_windows<T>(matrix, r, row);
+}
 
 constexpr int kLanes = 8;
 
@@ -61,19 +77,27 @@ const Kernel* of_type(Format format) {
       return &kKernel<T, Format::nm_pairs>;
     case Format::bitmap:
       return &kKernel<T, Format::bitmap>;
+    case Format::bitmap_windows:
+      return &kKernel<T, Format::bitmap_windows>;
   }
   return nullptr;
 }
 
+template <class T, Format format, class Out>
+void expand_rows(const Matrix& matrix, int64_t first, int64_t last, Out* out) {
+  if constexpr (format == Format::bitmap_windows) {
+    expand_windows_rows<T>(matrix, first, last, out);
+  } else {
+    for (int64_t r = first; r < last; ++r) expand_row<T>(format, matrix, r, out + (r - first) * matrix.cols);
+  }
+}
+
 template <class T, Format format>
 void decompress(const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32) {
-  for (int64_t r = first; r < last; ++r) {
-    const int64_t at = (r - first) * matrix.cols;
-    if (to_fp32) {
-      expand_row<T>(format, matrix, r, static_cast<float*>(out) + at);
-    } else {
-      expand_row<T>(format, matrix, r, static_cast<T*>(out) + at);
-    }
+  if (to_fp32) {
+    expand_rows<T, format>(matrix, first, last, static_cast<float*>(out));
+  } else {
+    expand_rows<T, format>(matrix, first, last, static_cast<T*>(out));
   }
 }
 
@@ -88,6 +112,8 @@ Decompress decompress_of_type(Format format) {
       return decompress<T, Format::nm_pairs>;
     case Format::bitmap:
       return decompress<T, Format::bitmap>;
+    case Format::bitmap_windows:
+      return decompress<T, Format::bitmap_windows>;
   }
   return nullptr;
 }

@@ -6,8 +6,8 @@
 #include <new>
 #include <stdexcept>
 
-#include "expand.h"
 #include "parallel.h"
+#include "windows.h"
 
 namespace wandapp {
 namespace {
@@ -60,6 +60,7 @@ int64_t bytes_before(Format format, Type type, const Matrix& matrix, int64_t row
   const int64_t element = element_size(type);
   if (format == Format::dense) return rows * matrix.cols * element;
   if (format == Format::bitmap) return matrix.offsets[rows] * element + rows * ceil_div(matrix.cols, 8);
+  if (format == Format::bitmap_windows) return matrix.offsets[ceil_div(rows, kWindowRows)] * (kSlots * element + 4);
   return rows * kept_per_row(matrix.cols) * (4 * element + 1) / 4;
 }
 
@@ -99,6 +100,10 @@ std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const s
 }  // namespace
 
 const Kernel* find_kernel(Variant variant, Format format, Type type) {
+#if defined(WANDAPP_HAVE_AVX2)
+  // A window is 256 bits wide: wider vectors would join two.
+  if (format == Format::bitmap_windows && variant != Variant::plain) return avx2_kernel(format, type);
+#endif
   switch (variant) {
     case Variant::plain:
       return plain_kernel(format, type);

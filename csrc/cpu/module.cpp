@@ -8,6 +8,7 @@
 #include "cpu_features.h"
 #include "linear.h"
 #include "parallel.h"
+#include "windows_packing.h"
 
 namespace py = pybind11;
 
@@ -90,6 +91,30 @@ void decompress(const Bound& bound, int64_t first, int64_t last, uintptr_t out, 
                       threads);
 }
 
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void count_windows(uintptr_t bitmap, int64_t rows, int64_t cols, uintptr_t steps, int threads) {
+  py::gil_scoped_release unlocked;
+  wandapp::count_windows(at<const uint8_t>(bitmap), rows, cols, at<int64_t>(steps), threads);
+}
+
+void pack_windows(const Bound& from, uintptr_t offsets, uintptr_t values, uintptr_t words, int threads) {
+  if (from.format != Format::bitmap) throw py::value_error("only the bitmap format is packed into windows");
+  py::gil_scoped_release unlocked;
+  wandapp::pack_windows(from.type, from.matrix, at<const int64_t>(offsets), at<void>(values), at<uint32_t>(words),
+                        threads);
+}
+
+void unpack_windows(const Bound& from, uintptr_t row_offsets, uintptr_t values, uintptr_t bitmap, int threads) {
+  if (from.format != Format::bitmap_windows) throw py::value_error("only windows are unpacked");
+  py::gil_scoped_release unlocked;
+  wandapp::unpack_windows(from.type, from.matrix, at<const int64_t>(row_offsets), at<void>(values),
+                          at<uint8_t>(bitmap), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -103,7 +128,8 @@ PYBIND11_MODULE(_cpu, module) {
       .value("dense", Format::dense)
       .value("nm", Format::nm)
       .value("nm_pairs", Format::nm_pairs)
-      .value("bitmap", Format::bitmap);
+      .value("bitmap", Format::bitmap)
+      .value("bitmap_windows", Format::bitmap_windows);
   py::enum_<Type>(module, "Type").value("bf16", Type::bf16).value("fp16", Type::fp16).value("fp32", Type::fp32);
   py::enum_<Variant>(module, "Variant")
       .value("plain", Variant::plain)
@@ -125,4 +151,10 @@ PYBIND11_MODULE(_cpu, module) {
              "x W^T + bias into the out of every matrix; false when x is not finite (sparse formats only).");
   module.def("decompress", &decompress, py::arg("bound"), py::arg("first"), py::arg("last"), py::arg("out"),
              py::arg("to_fp32"), py::arg("threads"), "Rows first to last as dense rows into out.");
+  module.def("count_windows", &count_windows, py::arg("bitmap"), py::arg("rows"), py::arg("cols"), py::arg("steps"),
+             py::arg("threads"), "Steps of every block of rows of a bitmap weight in the format bitmap_windows.");
+  module.def("pack_windows", &pack_windows, py::arg("bitmap"), py::arg("offsets"), py::arg("values"),
+             py::arg("words"), py::arg("threads"), "A bitmap weight into the format bitmap_windows.");
+  module.def("unpack_windows", &unpack_windows, py::arg("windows"), py::arg("row_offsets"), py::arg("values"),
+             py::arg("bitmap"), py::arg("threads"), "The other way round, bit for bit.");
 }

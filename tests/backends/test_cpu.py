@@ -27,7 +27,7 @@ from wandapp_kernels.ops.layouts import LAYOUTS
 from wandapp_kernels.sparsity import NMWeight
 
 VARIANTS = [name for name, _ in _cpu.variants()]
-LAYOUT_NAMES = ("dense", "nm", "nm_pairs", "bitmap")
+LAYOUT_NAMES = ("dense", "nm", "nm_pairs", "bitmap", "bitmap_windows")
 PAIRS = [
     (variant, layout)
     for variant, layout in itertools.product(VARIANTS, LAYOUT_NAMES)
@@ -111,7 +111,7 @@ def test_a_forked_child_computes_too(two_threads):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.DENSE], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.WINDOWS, cpu.DENSE], ids=lambda backend: backend.name)
 def test_run_many_is_run_of_each(backend):
     cases = [make_case(backend.layout, torch.bfloat16, 2, rows, 341, bias=rows != 5) for rows in (33, 5, 64)]
     x = cases[0].x
@@ -122,21 +122,20 @@ def test_run_many_is_run_of_each(backend):
     check(cases[0], together[0])
 
 
-@pytest.mark.parametrize("layout", [cpu.NM_LAYOUT, "bitmap"])
+@pytest.mark.parametrize("kernel", [cpu.NM, cpu.BITMAP, cpu.WINDOWS], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_strips_give_the_same(layout: str, dtype: torch.dtype, monkeypatch):
+def test_strips_give_the_same(kernel, dtype: torch.dtype, monkeypatch):
     from wandapp_kernels.backends.cpu import backends
 
     monkeypatch.setattr(backends, "_STRIP_BYTES", 1)  # strips of 64 rows
-    case = make_case(layout, dtype, 40, 150, 341)
-    kernel = cpu.NM if layout == cpu.NM_LAYOUT else cpu.BITMAP
+    case = make_case(kernel.layout, dtype, 40, 150, 341)
     out = cpu.CpuStrips(kernel).run(case.x, case.tensors, case.bias, case.shape, None)
     error = (out.double() - case.exact()).abs()
     assert bool((error <= case.allowed() + EPSILON[dtype] * case.exact().abs()).all())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.DENSE], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.WINDOWS, cpu.DENSE], ids=lambda backend: backend.name)
 def test_nan_and_infinity_behave_as_in_a_dense_linear(backend, value: float):
     case = make_case(backend.layout, torch.float32, 3, 9, 70)
     case.x[1, 33] = value
@@ -148,7 +147,7 @@ def test_nan_and_infinity_behave_as_in_a_dense_linear(backend, value: float):
 
 def test_other_strides_are_copied():
     layouts = [layout for layout in LAYOUT_NAMES[1:] if compiled.has_kernel(layout)]
-    assert "bitmap" in layouts and len(layouts) == 2
+    assert "bitmap" in layouts and len(layouts) == (2 if compiled.variant() == "plain" else 3)
     for layout in layouts:
         case = make_case(layout, torch.bfloat16, 3, 20, 70)
         wide = torch.randn(3, 140).to(torch.bfloat16)
@@ -182,6 +181,11 @@ def test_what_does_not_fit_is_refused():
     packed = make_case("nm_pairs", torch.bfloat16, 2, 8, 70)
     cast = [packed.tensors[0].float(), packed.tensors[1]]
     refused("swap the layer again", x=x.float(), tensors=cast, layout="nm_pairs")
+    windows = make_case("bitmap_windows", torch.bfloat16, 2, 8, 70).tensors
+    refused("swap the layer again", x=x.float(), tensors=[windows[0].float(), *windows[1:]], layout="bitmap_windows")
+    refused("tensor 0", tensors=[windows[0][:-1], *windows[1:]], layout="bitmap_windows")
+    refused("the last block ends", tensors=[*windows[:2], windows[2] + 1, windows[3]], layout="bitmap_windows")
+    refused("4 tensors", tensors=windows[:3], layout="bitmap_windows")
     with pytest.raises(UsageError, match="int8"):
         compiled.decompress("nm", [torch.zeros(8, 4, dtype=torch.int8), torch.zeros(8, 1, dtype=torch.uint8)], (8, 8))
 

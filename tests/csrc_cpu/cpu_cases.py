@@ -12,7 +12,7 @@ import torch
 from wandapp_kernels.ops.layouts import LAYOUTS
 from wandapp_kernels.sparsity import BitmapWeight, NMWeight
 
-FORMATS = ("dense", "nm", "nm_pairs", "bitmap")
+FORMATS = ("dense", "nm", "nm_pairs", "bitmap", "bitmap_windows")
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 
@@ -66,7 +66,7 @@ def make_case(
     if layout in ("nm", "nm_pairs"):
         dense = dense * two_four_mask(rows, columns, generator)
         tensors = LAYOUTS[layout].pack(NMWeight.compress(dense))
-    elif layout == "bitmap":
+    elif layout in ("bitmap", "bitmap_windows"):
         mask = torch.rand(rows, columns, generator=generator) < density
         mask[rows // 2] = False
         dense = dense * mask

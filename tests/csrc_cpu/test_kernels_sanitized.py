@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import platform
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 HAVE = ["-DWANDAPP_HAVE_AVX512", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
 
-PLAIN = ("kernels_plain", "cpu_features", "parallel", "thread_pool", "linear")
+PLAIN = ("kernels_plain", "cpu_features", "parallel", "thread_pool", "linear", "windows_packing")
 AVX512 = ROOT / "cpu/kernels_avx512.cpp"
 
 
@@ -84,8 +85,10 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
         cases += [make_case(layout, dtype, 5, rows, 70, bias=False) for rows in (1, 2, 3, 17, 33)]
         cases += [make_case(layout, dtype, 3, 4, columns) for columns in (127, 128, 129, 250)]
         cases.append(make_case(layout, dtype, 64, 5, 70))
-    for density in (0, 0.05, 0.95, 1):
-        cases += [make_case("bitmap", dtype, tokens, 5, 200, density) for tokens in (1, 5)]
+    for layout, density in itertools.product(("bitmap", "bitmap_windows"), (0, 0.05, 0.95, 1)):
+        cases += [make_case(layout, dtype, tokens, 5, 200, density) for tokens in (1, 5)]
+    # Windows that move further than a word can say.
+    cases += [make_case("bitmap_windows", dtype, 1, rows, 3000, 0.002) for rows in (1, 4, 9)]
     write_cases(tmp_path / "cases", cases)
     output = run(driver, tmp_path / "cases")
     assert output.endswith(" 0 failures\n")

@@ -146,7 +146,7 @@ def _by_strips(x: torch.Tensor, bound: compiled.Bound, bias: torch.Tensor | None
     wide = x.dtype if compiled.has_fast_bf16_gemm() and x.dtype == torch.bfloat16 else torch.float32
     x_wide = x.to(wide)
     bias_wide = None if bias is None else bias.to(wide)
-    step = max(64, _STRIP_BYTES // (columns * wide.itemsize))
+    step = max(64, _STRIP_BYTES // (columns * wide.itemsize) // 16 * 16)  # whole blocks of rows
     # One strip for all: fresh memory would be faulted in anew, page by page.
     scratch = torch.empty((min(step, rows), columns), dtype=wide, device="cpu")
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device="cpu")

@@ -10,6 +10,7 @@ import torch
 from wandapp_kernels import _cpu  # type: ignore[attr-defined]
 from wandapp_kernels.backends.base import choices_changed
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.nm_weight import kept_per_row
 from wandapp_kernels.sparsity.pattern import Pattern
 
@@ -22,10 +23,14 @@ FORMATS = {
     "nm": _cpu.Format.nm,
     "nm_pairs": _cpu.Format.nm_pairs,
     "bitmap": _cpu.Format.bitmap,
+    "bitmap_windows": _cpu.Format.bitmap_windows,
 }
 
 # Rows of a block, columns of a chunk and of a tile of the layout nm_pairs (csrc/cpu/avx2_pairs.h).
 PAIRS_ROWS, PAIRS_CHUNK, PAIRS_TILE = 4, 16, 128
+
+# Rows of a block and values of a step of the layout bitmap_windows (csrc/cpu/windows.h).
+WINDOW_ROWS, WINDOW_SLOTS = 4, 8
 
 
 def choose_variant(wanted: str | None = None) -> str:
@@ -63,7 +68,7 @@ def use_variant(name: str | None) -> str:
 def has_kernel(layout: str) -> bool:
     """Whether the variant in use was written for this layout. (The plain one reads all, slowly.)"""
     if _variant_name == "plain":
-        return layout != "nm_pairs"
+        return layout not in ("nm_pairs", "bitmap_windows")
     return _cpu.has_kernel(_variant, FORMATS[layout], _cpu.Type.bf16)
 
 
@@ -213,14 +218,18 @@ def addresses(
         expected = [(dtype, rows * kept_columns), (torch.uint8, rows * -(-kept_columns // 4))]
     elif layout == "nm_pairs":
         expected = [(dtype, blocks * chunks * 32), (torch.int32, blocks * tiles * 16)]
-        # The order of the values depends on the type they were packed in, and the number of dimensions tells it.
-        if (dtype == torch.bfloat16) != (tensors[0].dim() == 5):
-            raise UsageError("the type of a layer's values changed after they were packed: swap the layer again")
+        _require_order(dtype, tensors[0].dim() == 5)
+    elif layout == "bitmap_windows":
+        steps = tensors[1].numel() if len(tensors) > 1 else 0
+        blocks = -(-rows // WINDOW_ROWS)
+        expected = [(dtype, steps * WINDOW_SLOTS), (torch.int32, steps), (torch.int64, blocks + 1)]
+        expected.append((torch.int64, rows + 1))
+        _require_order(dtype, tensors[0].dim() == 3)
     else:
         expected = [(dtype, tensors[0].numel()), (torch.uint8, rows * -(-columns // 8)), (torch.int64, rows + 1)]
     if len(tensors) != len(expected):
         raise UsageError(f"layout {layout!r} has {len(expected)} tensors, not {len(tensors)}")
-    kept, found = [], [0, 0, 0]
+    kept, found = [], [0, 0, 0, 0]
     for i, (tensor, (kind, size)) in enumerate(zip(tensors, expected, strict=True)):
         if tensor.dtype != kind or tensor.numel() != size or tensor.device.type != "cpu":
             raise UsageError(
@@ -232,4 +241,41 @@ def addresses(
         found[i] = tensor.data_ptr()
     if layout == "bitmap" and int(kept[2][-1]) != kept[0].numel():
         raise UsageError(f"row_offsets ends at {int(kept[2][-1])}, but there are {kept[0].numel()} values")
+    if layout == "bitmap_windows" and int(kept[2][-1]) != kept[1].numel():
+        raise UsageError(f"the last block ends at step {int(kept[2][-1])}, but there are {kept[1].numel()} steps")
     return found[0], found[1], found[2], kept
+
+
+def _require_order(dtype: torch.dtype, side_by_side: bool) -> None:
+    """The order of the values depends on the type they were packed in, and their number of dimensions tells it."""
+    if (dtype == torch.bfloat16) != side_by_side:
+        raise UsageError("the type of a layer's values changed after they were packed: swap the layer again")
+
+
+def pack_windows(weight: BitmapWeight) -> list[torch.Tensor]:
+    """The tensors of the layout ``bitmap_windows`` of a weight on the CPU, of a type in ``TYPES``."""
+    rows, columns = weight.shape
+    dtype, threads = weight.values.dtype, torch.get_num_threads()
+    bound = Bound("bitmap", (weight.values, weight.bitmap, weight.row_offsets), None, weight.shape, dtype)
+    offsets = torch.zeros(-(-rows // WINDOW_ROWS) + 1, dtype=torch.int64, device="cpu")
+    bitmap = weight.bitmap.contiguous()
+    _cpu.count_windows(bitmap.data_ptr(), rows, columns, offsets[1:].data_ptr(), threads)
+    offsets.cumsum_(0)
+    steps = int(offsets[-1])
+    shape = (steps // 2, WINDOW_SLOTS, 2) if dtype == torch.bfloat16 else (steps, WINDOW_SLOTS)
+    values = torch.empty(shape, dtype=dtype, device="cpu")
+    words = torch.empty(steps, dtype=torch.int32, device="cpu")
+    _cpu.pack_windows(bound.native, offsets.data_ptr(), values.data_ptr(), words.data_ptr(), threads)
+    return [values, words, offsets, weight.row_offsets]
+
+
+def unpack_windows(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> BitmapWeight:
+    """The weight that `pack_windows` was given, bit for bit."""
+    rows, columns = shape
+    bound = Bound("bitmap_windows", tensors, None, shape, tensors[0].dtype)
+    row_offsets = tensors[3].contiguous()
+    values = torch.empty(int(row_offsets[-1]), dtype=bound.dtype, device="cpu")
+    bitmap = torch.empty((rows, -(-columns // 8)), dtype=torch.uint8, device="cpu")
+    addresses = (row_offsets.data_ptr(), values.data_ptr(), bitmap.data_ptr())
+    _cpu.unpack_windows(bound.native, *addresses, torch.get_num_threads())
+    return BitmapWeight(values, bitmap, row_offsets, shape)

@@ -1,0 +1,144 @@
+"""The layout bitmap_windows: the weight comes back bit for bit, and what is packed is what csrc/cpu/windows.h describes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("wandapp_kernels._cpu", reason="the compiled CPU kernels are missing")
+
+from tests.csrc_cpu.cpu_cases import TYPES
+from wandapp_kernels.backends import cpu
+from wandapp_kernels.backends.cpu import compiled
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.ops.layouts import LAYOUTS
+from wandapp_kernels.sparsity import BitmapWeight, NMWeight
+
+WINDOWS = LAYOUTS["bitmap_windows"]
+
+
+def random_weight(rows: int, columns: int, density: float, dtype: torch.dtype, seed: int) -> BitmapWeight:
+    """Kept zeros of both signs are among the values: the layout must not take its padding for them."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(rows, columns, generator=generator)
+    dense[torch.rand(rows, columns, generator=generator) < 0.1] = 0
+    dense[torch.rand(rows, columns, generator=generator) < 0.1] *= -0.0
+    return BitmapWeight.compress(dense.to(dtype), torch.rand(rows, columns, generator=generator) < density)
+
+
+def same_weight(a: BitmapWeight, b: BitmapWeight) -> bool:
+    values = torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8))
+    return values and torch.equal(a.bitmap, b.bitmap) and torch.equal(a.row_offsets, b.row_offsets)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 11),
+    columns=st.integers(1, 700),
+    density=st.sampled_from([0.0, 0.003, 0.05, 0.3, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(TYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_layout_is_inverted_exactly(rows: int, columns: int, density: float, dtype: torch.dtype, seed: int):
+    weight = random_weight(rows, columns, density, dtype, seed)
+    tensors = WINDOWS.pack(weight)
+    back = WINDOWS.unpack(tensors, weight.shape, None)
+    back.validate()
+    assert same_weight(back, weight)
+    assert WINDOWS.density(tensors, weight.shape, None) == weight.values.numel() / (rows * columns)
+    dense = weight.decompress()
+    assert torch.equal(WINDOWS.decompress(tensors, weight.shape, None).view(torch.uint8), dense.view(torch.uint8))
+    wide = compiled.decompress("bitmap_windows", tensors, weight.shape, rows // 2, rows, torch.float32)
+    assert torch.equal(wide, dense[rows // 2 :].float())
+
+
+def steps_of(dense: torch.Tensor) -> list[tuple[int, list[list[tuple[int, float]]]]]:
+    """What the steps of a block of fp32 rows should be: first column of the window, and (column, value) row by row."""
+    rows = [[(int(k), float(row[k])) for k in row.nonzero()[:, 0]] for row in dense]
+    steps, last_window = [], max(dense.shape[1] - 8, 0)
+    while any(rows):
+        window = min(min(row[0][0] for row in rows if row), last_window)
+        taken = [[entry for entry in row[:2] if entry[0] < window + 8] for row in rows]
+        rows = [row[len(took) :] for row, took in zip(rows, taken, strict=True)]
+        steps.append((window, taken))
+    return steps
+
+
+@pytest.mark.parametrize(("rows", "columns", "density"), [(4, 200, 0.5), (3, 100, 0.3), (4, 5, 1.0), (4, 2000, 0.002)])
+def test_words_and_values_are_as_documented(rows: int, columns: int, density: float):
+    weight = random_weight(rows, columns, density, torch.float32, 5)
+    weight = BitmapWeight.compress(weight.decompress())
+    values, words, offsets, _ = WINDOWS.pack(weight)
+    assert offsets.tolist() == [0, len(words)] and len(words) % 2 == 0
+    found, window = [], 0
+    for word, lanes in zip((words.long() & 0xFFFFFFFF).tolist(), values.tolist(), strict=True):
+        window += word >> 24
+        taken: list[list[tuple[int, float]]] = []
+        for row in range(4):
+            first, second = word >> 6 * row & 7, word >> 6 * row + 3 & 7
+            kept = 2 if first < second else int(first == second)
+            taken.append([(window + (word >> 3 * slot & 7), lanes[slot]) for slot in range(2 * row, 2 * row + kept)])
+            assert lanes[2 * row + kept : 2 * row + 2] == [0.0] * (2 - kept)
+        if any(taken):
+            found.append((window, taken[:rows]))
+            assert not any(taken[rows:])
+    assert found == steps_of(weight.decompress())
+
+
+def test_two_steps_of_bf16_lie_side_by_side():
+    weight = random_weight(8, 300, 0.5, torch.bfloat16, 1)
+    wide = BitmapWeight(weight.values.float(), weight.bitmap, weight.row_offsets, weight.shape)
+    values, words, offsets, _ = WINDOWS.pack(weight)
+    expected, *rest = WINDOWS.pack(wide)
+    assert torch.equal(values.float().transpose(1, 2).reshape(-1, 8), expected)
+    assert torch.equal(words, rest[0]) and torch.equal(offsets, rest[1])
+
+
+@pytest.mark.parametrize(("kept", "share"), [(0.5, 0.715), (0.4, 0.608), (0.3, 0.500)])
+def test_bytes_of_random_masks(kept: float, share: float):
+    """The figures of the layout's docstring."""
+    weight = random_weight(256, 4096, kept, torch.bfloat16, 0)
+    size = sum(tensor.nbytes for tensor in WINDOWS.pack(weight))
+    assert size / weight.dense_nbytes == pytest.approx(share, rel=0.01)
+
+
+def test_what_it_does_not_hold_is_refused():
+    with pytest.raises(UsageError, match="unstructured weights only"):
+        WINDOWS.pack(NMWeight.compress(torch.eye(8)))
+    small = BitmapWeight.compress(torch.eye(8).to(torch.int8))
+    assert "int8" in str(WINDOWS.supports(small))
+    with pytest.raises(UsageError, match="int8"):
+        WINDOWS.pack(small)
+
+
+@pytest.mark.parametrize("variant", [name for name, _ in compiled._cpu.variants()])
+def test_every_variant_prefers_what_suits_it(variant: str, tmp_path: Path):
+    """In a process of its own: the order of the backends is settled when they are loaded."""
+    code = (
+        "from wandapp_kernels.dispatch import choose_layout, problem_for; import torch;"
+        "print(choose_layout(problem_for(64, 64, 'unstructured', 1, torch.bfloat16, density=0.5)))"
+    )
+    environment = os.environ | {compiled.VARIABLE: variant, "WANDAPP_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    small = variant in ("plain", "avx512_vbmi2")
+    assert done.stdout.strip() == ("bitmap" if small else "bitmap_windows")
+
+
+def test_windows_and_bitmap_agree():
+    """Both kernels on the same weight, as the dispatcher may exchange them."""
+    for dtype, tokens in itertools.product(TYPES, (1, 3, 9)):
+        weight = random_weight(37, 530, 0.4, dtype, tokens)
+        x = torch.randn(tokens, 530).to(dtype)
+        a, b = (
+            backend.run(x, LAYOUTS[backend.layout].pack(weight), None, weight.shape, None).double()
+            for backend in (cpu.WINDOWS, cpu.BITMAP)
+        )
+        assert float((a - b).norm() / b.norm()) < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
