@@ -165,7 +165,7 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
 }
 
 template <class T>
-constexpr Kernel kBitmap{kDenseRows, token_bytes, prepare<T, true>, bitmap_scratch<T>, run_bitmap<T>};
+constexpr Kernel kBitmap{kDenseRows, 1, token_bytes, prepare<T, true>, bitmap_scratch<T>, run_bitmap<T>};
 
 }  // namespace
 }  // namespace wandapp

@@ -42,7 +42,7 @@ Chunk load(const float* w) { return {_mm256_loadu_ps(w), _mm256_loadu_ps(w + 8)}
 size_t token_bytes(int64_t cols) { return static_cast<size_t>(ceil_div(cols, kChunk)) * kChunk * sizeof(float); }
 
 template <class T, bool split>
-bool prepare(const void* token, int64_t cols, void* prepared) {
+bool prepare(const void* token, int64_t, int64_t cols, void* prepared) {
   const T* x = static_cast<const T*>(token);
   float* out = static_cast<float*>(prepared);
   __m256 probe = _mm256_setzero_ps();

@@ -81,7 +81,7 @@ void run_dense(const Matrix& matrix, const void* prepared, int64_t first_token, 
 }
 
 template <class T>
-constexpr Kernel kDense{kDenseRows, token_bytes, prepare<T, true>, no_scratch, run_dense<T>};
+constexpr Kernel kDense{kDenseRows, 1, token_bytes, prepare<T, true>, no_scratch, run_dense<T>};
 
 }  // namespace
 }  // namespace wandapp

@@ -68,8 +68,5 @@ void run_windows(const Matrix& matrix, const void* prepared, int64_t first_token
   }
 }
 
-template <class T>
-constexpr Kernel kWindows{kWindowRows, token_bytes, prepare<T, false>, no_scratch, run_windows<T>};
-
 }  // namespace
 }  // namespace wandapp

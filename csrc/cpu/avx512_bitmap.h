@@ -136,7 +136,7 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
 }
 
 template <class T>
-constexpr Kernel kBitmap{kRows, token_bytes<T>, prepare<T>, bitmap_scratch<T>, run_bitmap<T>};
+constexpr Kernel kBitmap{kRows, 1, token_bytes<T>, prepare<T>, bitmap_scratch<T>, run_bitmap<T>};
 
 }  // namespace
 }  // namespace wandapp

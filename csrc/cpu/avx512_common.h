@@ -109,7 +109,7 @@ bool finite(Bf16 v) { return (v.bits & 0x7f80u) != 0x7f80u; }
 bool finite(Fp16 v) { return (v.bits & 0x7c00u) != 0x7c00u; }
 
 template <class T>
-bool prepare(const void* token, int64_t cols, void* prepared) {
+bool prepare(const void* token, int64_t, int64_t cols, void* prepared) {
   const T* x = static_cast<const T*>(token);
   std::memcpy(prepared, token, static_cast<size_t>(cols) * sizeof(T));
   std::memset(static_cast<T*>(prepared) + cols, 0, token_bytes<T>(cols) - static_cast<size_t>(cols) * sizeof(T));

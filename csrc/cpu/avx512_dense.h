@@ -57,7 +57,7 @@ void run_dense(const Matrix& matrix, const void* prepared, int64_t first_token, 
 }
 
 template <class T>
-constexpr Kernel kDense{kRows, token_bytes<T>, prepare<T>, no_scratch, run_dense<T>};
+constexpr Kernel kDense{kRows, 1, token_bytes<T>, prepare<T>, no_scratch, run_dense<T>};
 
 }  // namespace
 }  // namespace wandapp

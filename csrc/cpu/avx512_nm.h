@@ -65,7 +65,7 @@ void run_nm(const Matrix& matrix, const void* prepared, int64_t first_token, int
 }
 
 template <class T>
-constexpr Kernel kNM{kRows, token_bytes<T>, prepare<T>, no_scratch, run_nm<T>};
+constexpr Kernel kNM{kRows, 1, token_bytes<T>, prepare<T>, no_scratch, run_nm<T>};
 
 }  // namespace
 }  // namespace wandapp

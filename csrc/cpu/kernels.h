@@ -33,15 +33,21 @@ struct Matrix {
 struct Kernel {
   // Rows are handed out in multiples of this.
   int64_t row_multiple;
-  // Bytes of one prepared token.
-  size_t (*token_bytes)(int64_t cols);
-  // Bring one token into the order and type that `run` reads; false when it holds NaN or infinity.
-  bool (*prepare)(const void* token, int64_t cols, void* prepared);
+  // Tokens that are prepared together, a group, and its bytes.
+  int64_t group_tokens;
+  size_t (*group_bytes)(int64_t cols);
+  // Bring `count` tokens [count, cols] of a group into the order and type that `run` reads; false when one holds NaN or
+  // infinity.
+  bool (*prepare)(const void* tokens, int64_t count, int64_t cols, void* prepared);
   // Bytes of 64-byte aligned memory that `run` needs for itself.
   size_t (*scratch_bytes)(int64_t cols);
-  // Rows [first, last) for `tokens` prepared tokens, which are outputs first_token and following.
+  // Rows [first, last) for `tokens` prepared tokens, which are outputs first_token and following; whole groups, but for
+  // the last.
   void (*run)(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t tokens, int64_t first,
               int64_t last, void* scratch);
+  // Another kernel of the same format, which is faster with this many tokens; null where there is none.
+  const Kernel* many = nullptr;
+  int64_t many_tokens = 0;
 };
 
 // Null where the variant has no kernel for the format.

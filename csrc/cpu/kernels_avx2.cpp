@@ -4,7 +4,7 @@
 #include "avx2_decompress_pairs.h"
 #include "avx2_dense.h"
 #include "avx2_pairs.h"
-#include "avx2_windows.h"
+#include "avx2_windows_many.h"
 
 namespace wandapp {
 namespace {

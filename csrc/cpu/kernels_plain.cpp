@@ -25,7 +25,7 @@ constexpr int kLanes = 8;
 size_t token_bytes(int64_t cols) { return static_cast<size_t>(ceil_div(cols, 16)) * 16 * sizeof(float); }
 
 template <class T>
-bool prepare(const void* token, int64_t cols, void* prepared) {
+bool prepare(const void* token, int64_t, int64_t cols, void* prepared) {
   const T* x = static_cast<const T*>(token);
   float* out = static_cast<float*>(prepared);
   float probe = 0;
@@ -64,7 +64,7 @@ void run(const Matrix& matrix, const void* prepared, int64_t first_token, int64_
 }
 
 template <class T, Format format>
-constexpr Kernel kKernel{1, token_bytes, prepare<T>, token_bytes, run<T, format>};
+constexpr Kernel kKernel{1, 1, token_bytes, prepare<T>, token_bytes, run<T, format>};
 
 template <class T>
 const Kernel* of_type(Format format) {

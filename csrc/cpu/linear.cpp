@@ -134,29 +134,33 @@ Decompress find_decompress(Variant variant, Format format, Type type) {
   return plain_decompress(format, type);
 }
 
-bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
+bool linear(const Kernel& few, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
             int64_t tokens, int threads) {
+  const Kernel& kernel = few.many != nullptr && tokens >= few.many_tokens ? *few.many : few;
   const int64_t cols = matrices.at(0).cols;
-  const size_t stride = kernel.token_bytes(cols);
-  char* prepared = static_cast<char*>(tokens_buffer.at_least(stride * static_cast<size_t>(tokens)));
+  const int64_t group = kernel.group_tokens, groups = ceil_div(tokens, group);
+  const int64_t stride = static_cast<int64_t>(kernel.group_bytes(cols));
+  char* prepared = static_cast<char*>(tokens_buffer.at_least(static_cast<size_t>(stride * groups)));
   std::atomic<bool> finite{true};
   const int64_t token_size = cols * element_size(type);
-  parallel_for(tokens, tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t m) {
-    if (!kernel.prepare(static_cast<const char*>(x) + m * token_size, cols, prepared + m * stride)) finite = false;
+  parallel_for(groups, tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t g) {
+    const int64_t m = g * group;
+    const char* from = static_cast<const char*>(x) + m * token_size;
+    if (!kernel.prepare(from, std::min(group, tokens - m), cols, prepared + g * stride)) finite = false;
   });
   if (!finite && format != Format::dense) {
     tokens_buffer.trim(kKeptBytes);
     return false;
   }
 
-  const int64_t fitting = std::max<int64_t>(kTokenCacheBytes / static_cast<int64_t>(stride) / 4 * 4, 8);
+  const int64_t fitting = std::max(kTokenCacheBytes / stride * group / 4 * 4, std::max<int64_t>(group, 8));
   const std::vector<Piece> pieces = split(kernel, format, type, matrices, threads);
   parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
     void* scratch = scratch_buffer.at_least(kernel.scratch_bytes(cols));
     for (int64_t m = 0; m < tokens; m += fitting) {
-      kernel.run(*piece.matrix, prepared + m * static_cast<int64_t>(stride), m, std::min(fitting, tokens - m),
-                 piece.first, piece.last, scratch);
+      kernel.run(*piece.matrix, prepared + m / group * stride, m, std::min(fitting, tokens - m), piece.first,
+                 piece.last, scratch);
     }
   });
   tokens_buffer.trim(kKeptBytes);
