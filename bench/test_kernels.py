@@ -42,12 +42,14 @@ def test_linear(benchmark, weights, name, tokens):
     benchmark(lambda: backend.run(x, next(rotating), None, SHAPE, None))
 
 
-@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.operator == "nm_linear"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_pack_and_unpack(benchmark, weights, name):
-    layout, weight = LAYOUTS[name], weights["nm_linear"]
+    layout = LAYOUTS[name]
+    weight = weights[layout.operator]
     if (reason := layout.supports(weight)) is not None:
         pytest.skip(reason)
-    benchmark(lambda: layout.unpack(layout.pack(weight), SHAPE, weight.pattern))
+    pattern = weight.pattern if layout.operator == "nm_linear" else None
+    benchmark(lambda: layout.unpack(layout.pack(weight), SHAPE, pattern))
 
 
 @pytest.mark.parametrize("name", ["nm_linear", "bitmap_linear"])
@@ -56,7 +58,7 @@ def test_compress(benchmark, weights, name):
     benchmark((NMWeight if name == "nm_linear" else BitmapWeight).compress, dense)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in ("cpu-nm", "cpu-bitmap")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name in ("cpu-nm", "cpu-windows", "cpu-bitmap")])
 def test_decompress(benchmark, weights, name):
     from wandapp_kernels.backends.cpu import compiled
 
