@@ -29,6 +29,16 @@ struct Matrix {
   int64_t cols;
 };
 
+// How a kernel that reads several tokens at once, interleaved, wants them.
+struct Groups {
+  int64_t tokens;  // of a group; the last one may have fewer
+  // Bring one group, `count` tokens one after the other, into that order; false when it holds NaN or infinity. It takes
+  // tokens times Kernel::token_bytes, whatever count is.
+  bool (*prepare)(const void* first_token, int64_t count, int64_t cols, void* prepared);
+  // Tokens for one `run`: a multiple of `tokens`.
+  int64_t (*at_once)(int64_t cols);
+};
+
 struct Kernel {
   // Rows are handed out in multiples of this.
   int64_t row_multiple;
@@ -41,6 +51,8 @@ struct Kernel {
   // Rows [first, last) for `tokens` prepared tokens, which are outputs first_token and following.
   void (*run)(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t tokens, int64_t first,
               int64_t last, void* scratch);
+  // Null where tokens are prepared one by one; else `prepare` is null.
+  const Groups* groups = nullptr;
 };
 
 // Null where the variant has no kernel for the format.
@@ -49,6 +61,7 @@ const Kernel* avx2_kernel(Format format, Type type);
 const Kernel* avx512_kernel(Format format, Type type);
 const Kernel* avx512_bf16_kernel(Format format, Type type);
 const Kernel* avx512_vbmi2_kernel(Format format, Type type);
+const Kernel* amx_kernel(Format format, Type type);
 
 // Rows [first, last) of W as dense rows in `out` (last - first rows of cols elements): in W's type, or widened to fp32.
 using Decompress = void (*)(const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32);

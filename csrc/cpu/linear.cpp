@@ -114,6 +114,10 @@ const Kernel* find_kernel(Variant variant, Format format, Type type) {
     case Variant::avx512_vbmi2:
       return avx512_vbmi2_kernel(format, type);
 #endif
+#if defined(WANDAPP_HAVE_AMX)
+    case Variant::amx:
+      return amx_kernel(format, type);
+#endif
     default:
       return nullptr;
   }
@@ -133,18 +137,27 @@ bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Ma
             int64_t tokens, int threads) {
   const int64_t cols = matrices.at(0).cols;
   const size_t stride = kernel.token_bytes(cols);
-  char* prepared = static_cast<char*>(tokens_buffer.at_least(stride * static_cast<size_t>(tokens)));
+  const Groups* const grouped = kernel.groups;
+  const int64_t group = grouped == nullptr ? 1 : grouped->tokens, groups = ceil_div(tokens, group);
+  char* prepared = static_cast<char*>(tokens_buffer.at_least(stride * static_cast<size_t>(groups * group)));
   std::atomic<bool> finite{true};
   const int64_t token_size = cols * element_size(type);
-  parallel_for(tokens, tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t m) {
-    if (!kernel.prepare(static_cast<const char*>(x) + m * token_size, cols, prepared + m * stride)) finite = false;
+  parallel_for(groups, tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t i) {
+    const int64_t m = i * group;
+    const char* from = static_cast<const char*>(x) + m * token_size;
+    char* to = prepared + m * static_cast<int64_t>(stride);
+    const bool good = grouped == nullptr ? kernel.prepare(from, cols, to)
+                                         : grouped->prepare(from, std::min(group, tokens - m), cols, to);
+    if (!good) finite = false;
   });
   if (!finite && format != Format::dense) {
     tokens_buffer.trim(kKeptBytes);
     return false;
   }
 
-  const int64_t fitting = std::max<int64_t>(kTokenCacheBytes / static_cast<int64_t>(stride) / 4 * 4, 8);
+  const int64_t fitting = grouped == nullptr
+                              ? std::max<int64_t>(kTokenCacheBytes / static_cast<int64_t>(stride) / 4 * 4, 8)
+                              : grouped->at_once(cols);
   const std::vector<Piece> pieces = split(kernel, format, type, matrices, threads);
   parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];

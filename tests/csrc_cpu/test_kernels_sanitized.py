@@ -1,4 +1,4 @@
-"""All kernel sources, AVX-512 through its emulation, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""All kernel sources, AVX-512 and AMX through their emulation, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compil
 FLAGS = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-HAVE = ["-DWANDAPP_HAVE_AVX512", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
+HAVE = ["-DWANDAPP_HAVE_AVX512", "-DWANDAPP_HAVE_AMX", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
 
-PLAIN = ("kernels_plain", "cpu_features", "parallel", "thread_pool", "linear")
+PLAIN = ("kernels_plain", "cpu_features", "tile_permission", "parallel", "thread_pool", "linear")
 AVX512 = ROOT / "cpu/kernels_avx512.cpp"
 
 
@@ -38,6 +38,8 @@ FILES = [
     (AVX512, avx512_flags("avx512_kernel", bf16_dot=0, expand_words=0)),
     (AVX512, avx512_flags("avx512_bf16_kernel", bf16_dot=1, expand_words=0)),
     (AVX512, avx512_flags("avx512_vbmi2_kernel", bf16_dot=1, expand_words=1)),
+    # Tiles are multiplied number by number: without optimization most of the time would go there.
+    (ROOT / "cpu/kernels_amx.cpp", ["-DWANDAPP_EMULATE_AVX512", "-O1"]),
     *([(ROOT / "cpu/kernels_avx2.cpp", AVX2)] if X86 else []),
     *((ROOT / f"cpu/{name}.cpp", HAVE) for name in PLAIN),
     (Path(__file__).with_name("driver.cpp"), HAVE),
@@ -48,7 +50,7 @@ FILES = [
 def driver(request: pytest.FixtureRequest) -> Path:
     """The driver; objects are kept in pytest's cache until a source or a flag changes."""
     folder = Path(request.config.cache.mkdir("csrc_cpu"))
-    headers = b"".join(path.read_bytes() for path in sorted([*ROOT.glob("cpu/*.h"), *ROOT.glob("emulation/avx512*")]))
+    headers = b"".join(path.read_bytes() for path in sorted([*ROOT.glob("cpu/*.h"), *ROOT.glob("emulation/a*.h")]))
 
     def compile_file(task: tuple[Path, list[str]]) -> str:
         source, flags = task
@@ -93,6 +95,29 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
     # weight decompressed by all four.
     rows = sum(case.shape[0] for case in cases)
     assert int(output.rsplit("\n", 2)[-2].split()[0]) >= 3 * 3 * len(cases) + 4 * rows
+
+
+def test_tiles_match_float64_at_awkward_shapes(driver: Path, tmp_path: Path):
+    cases = []
+    for layout in ("dense", "nm", "bitmap"):
+
+        def add(tokens: int, rows: int, columns: int, layout: str = layout, **changes: object) -> None:
+            cases.append(make_case(layout, torch.bfloat16, tokens, rows, columns, **changes))
+
+        for rows in (1, 15, 16, 17, 31, 32, 33, 50, 64):
+            add(3, rows, 70, bias=rows % 2 == 0)
+        for columns in (1, 2, 3, 5, 31, 32, 33, 63, 64, 65, 510, 511, 512, 513, 514, 515, 516, 577, 1024, 1030):
+            add(2, 17, columns)
+        for tokens in (15, 16, 17, 31, 32, 33, 48, 64, 65, 100):
+            add(tokens, 18, 70)
+        add(33, 33, 545)  # several blocks of columns, a pair of token groups and a single one
+        add(300, 3, 40)  # several passes over the weight
+        add(33, 1, 26_000)
+        add(3, 70, 1500)  # several pieces
+    for density in (0, 0.05, 0.95, 1):
+        cases += [make_case("bitmap", torch.bfloat16, tokens, 40, 1030, density) for tokens in (1, 20)]
+    write_cases(tmp_path / "cases", cases)
+    assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
