@@ -19,6 +19,7 @@ except ImportError as error:
     raise
 
 from wandapp_kernels.backends.base import register_backend
+from wandapp_kernels.backends.cpu.amx import amx_backends
 from wandapp_kernels.backends.cpu.backends import CpuDense, CpuLinear, CpuStrips
 from wandapp_kernels.backends.cpu.pairs import PairsLayout
 from wandapp_kernels.ops.layouts import register_layout
@@ -32,5 +33,7 @@ BITMAP = CpuLinear("cpu-bitmap", "bitmap_linear", "bitmap")
 
 for backend in (NM, CpuStrips(NM), BITMAP, CpuStrips(BITMAP), DENSE):
     register_backend(backend)
+for amx in amx_backends((NM, BITMAP, DENSE)):
+    register_backend(amx)
 
 __all__ = ["BITMAP", "DENSE", "NM", "NM_LAYOUT", "CpuDense", "CpuLinear", "CpuStrips", "PairsLayout", "compiled"]
