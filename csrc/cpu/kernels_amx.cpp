@@ -10,12 +10,12 @@ namespace {
 
 constexpr int64_t kMostTokens = 256;
 constexpr int64_t kMostPairs = kMostTokens / (2 * kTile);
-// Of the 2 MB of second-level cache: the rest is for sums and what comes from memory.
-constexpr int64_t kTokenBytes = 3 << 19;
+// Prepared tokens, of the 2 MB of second-level cache; the rest is for sums and what comes from memory.
+constexpr int64_t kPassBytes = 3 << 19;
 
 // Tokens that one pass over the weight multiplies.
 int64_t tokens_at_once(int64_t cols) {
-  const int64_t fitting = kTokenBytes / static_cast<int64_t>(token_bytes(cols)) / kTile * kTile;
+  const int64_t fitting = kPassBytes / static_cast<int64_t>(token_bytes(cols)) / kTile * kTile;
   return fitting < kTile ? kTile : at_most(fitting, kMostTokens);
 }
 

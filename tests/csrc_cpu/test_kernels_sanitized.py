@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import platform
 import shutil
 import subprocess
@@ -118,6 +119,18 @@ def test_tiles_match_float64_at_awkward_shapes(driver: Path, tmp_path: Path):
         cases += [make_case("bitmap", torch.bfloat16, tokens, 19, 1030, density) for tokens in (1, 20)]
     write_cases(tmp_path / "cases", cases)
     assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
+
+
+def test_an_infinite_weight_stays_in_its_row(driver: Path, tmp_path: Path):
+    cases = []
+    for layout, columns in itertools.product(("nm", "dense"), (34, 70, 516)):
+        case = make_case(layout, torch.bfloat16, 2, 3, columns)
+        # Of the 2:4 weight the row in the middle keeps nothing, so that its first value stands for column 0.
+        values = case.tensors[0].view(-1)
+        values[values.numel() // 3] = case.dense[1, 0] = float("inf")
+        cases.append(case)
+    write_cases(tmp_path / "cases", cases)
+    run(driver, tmp_path / "cases")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
