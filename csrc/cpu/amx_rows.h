@@ -116,6 +116,7 @@ class NMRows {
       std::memcpy(bitmap, meta, static_cast<size_t>(meta_bytes_ - k / 8));
       store_words(bitmap, bitmap_of_positions(bitmap));
       // Positions that are not there were taken for zeros.
+#pragma GCC unroll 1
       for (int64_t step = 0; step < kBlockSteps; ++step) {
         const uint32_t mask = mask_of(bitmap, step) & low_bits(left - step * kStepCols);
         std::memcpy(bitmap + step * sizeof(mask), &mask, sizeof(mask));
