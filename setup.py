@@ -31,6 +31,7 @@ AVX512 = [
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]
+AMX = [*AVX512, "-mavx512vbmi2", "-mamx-tile", "-mamx-bf16"]
 
 
 def avx512_macros(kernel: str, bf16_dot: int, expand_words: int) -> list[tuple[str, str]]:
@@ -59,9 +60,18 @@ VARIANTS = {
             avx512_macros("avx512_vbmi2_kernel", bf16_dot=1, expand_words=1),
         ),
     ],
+    "WANDAPP_HAVE_AMX": [("kernels_amx.cpp", AMX, [])],
 }
 LIBRARIES = ["-ldl"] if platform.system() == "Linux" else []  # dlsym, before glibc 2.34
-PLAIN = ["cpu_features.cpp", "parallel.cpp", "thread_pool.cpp", "linear.cpp", "windows_packing.cpp", "module.cpp"]
+PLAIN = [
+    "cpu_features.cpp",
+    "tile_permission.cpp",
+    "parallel.cpp",
+    "thread_pool.cpp",
+    "linear.cpp",
+    "windows_packing.cpp",
+    "module.cpp",
+]
 
 
 class BuildKernels(build_ext):

@@ -67,8 +67,8 @@ constexpr Kernel kWindowsMany{
 constexpr int64_t kWindowsManyTokens = 7;
 
 template <class T>
-constexpr Kernel kWindows{kWindowRows, 1,              token_bytes,      prepare<T, false>,
-                          no_scratch,  run_windows<T>, &kWindowsMany<T>, kWindowsManyTokens};
+constexpr Kernel kWindows{kWindowRows,    1,       token_bytes,      prepare<T, false>, no_scratch,
+                          run_windows<T>, nullptr, &kWindowsMany<T>, kWindowsManyTokens};
 
 }  // namespace
 }  // namespace wandapp

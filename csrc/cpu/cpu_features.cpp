@@ -1,6 +1,8 @@
 // CPUID leaves 0, 1 and 7, and XCR0: the registers must be saved by the operating system too (Intel SDM, vol. 1, 13.3).
 #include "cpu_features.h"
 
+#include "tile_permission.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 
@@ -13,7 +15,7 @@ namespace wandapp {
 namespace {
 
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false, avx512_vbmi2 = false, amx_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, avx512_vbmi2 = false, amx_bf16 = false, amx = false;
 
   Features() {
     uint32_t a, b, c, d;
@@ -31,6 +33,7 @@ struct Features {
     avx512 = avx2 && zmm && bit(b, 16) && bit(b, 30) && bit(b, 31) && bit(c, 1);
     amx_bf16 = tiles && bit(d, 22);
     const bool vbmi2 = bit(c, 6);
+    amx = amx_bf16 && bit(d, 24) && avx512 && vbmi2;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0) return;
     avx512_bf16 = avx512 && bit(a, 5);
     avx512_vbmi2 = avx512_bf16 && vbmi2 && intel;
@@ -48,12 +51,14 @@ bool has_avx2() { return features().avx2; }
 bool has_avx512() { return features().avx512; }
 bool has_avx512_bf16() { return features().avx512_bf16; }
 bool has_avx512_vbmi2() { return features().avx512_vbmi2; }
+bool has_amx() { return features().amx && may_use_tiles(); }
 bool has_fast_bf16_gemm() { return features().avx512_bf16 || features().amx_bf16; }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512_bf16() { return false; }
 bool has_avx512_vbmi2() { return false; }
+bool has_amx() { return false; }
 bool has_fast_bf16_gemm() { return false; }
 #endif
 

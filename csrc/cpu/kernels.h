@@ -45,6 +45,8 @@ struct Kernel {
   // the last.
   void (*run)(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t tokens, int64_t first,
               int64_t last, void* scratch);
+  // Tokens for one `run`, a multiple of a group; null: as many as the cache holds.
+  int64_t (*tokens_at_once)(int64_t cols) = nullptr;
   // Another kernel of the same format, which is faster with this many tokens; null where there is none.
   const Kernel* many = nullptr;
   int64_t many_tokens = 0;
@@ -56,6 +58,7 @@ const Kernel* avx2_kernel(Format format, Type type);
 const Kernel* avx512_kernel(Format format, Type type);
 const Kernel* avx512_bf16_kernel(Format format, Type type);
 const Kernel* avx512_vbmi2_kernel(Format format, Type type);
+const Kernel* amx_kernel(Format format, Type type);
 
 // Rows [first, last) of W as dense rows in `out` (last - first rows of cols elements): in W's type, or widened to fp32.
 using Decompress = void (*)(const Matrix& matrix, int64_t first, int64_t last, void* out, bool to_fp32);

@@ -102,7 +102,8 @@ std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const s
 const Kernel* find_kernel(Variant variant, Format format, Type type) {
 #if defined(WANDAPP_HAVE_AVX2)
   // A window is 256 bits wide: wider vectors would join two.
-  if (format == Format::bitmap_windows && variant != Variant::plain) return avx2_kernel(format, type);
+  const bool vectors = variant != Variant::plain && variant != Variant::amx;
+  if (format == Format::bitmap_windows && vectors) return avx2_kernel(format, type);
 #endif
   switch (variant) {
     case Variant::plain:
@@ -118,6 +119,10 @@ const Kernel* find_kernel(Variant variant, Format format, Type type) {
       return avx512_bf16_kernel(format, type);
     case Variant::avx512_vbmi2:
       return avx512_vbmi2_kernel(format, type);
+#endif
+#if defined(WANDAPP_HAVE_AMX)
+    case Variant::amx:
+      return amx_kernel(format, type);
 #endif
     default:
       return nullptr;
@@ -153,7 +158,9 @@ bool linear(const Kernel& few, Format format, Type type, const std::vector<Matri
     return false;
   }
 
-  const int64_t fitting = std::max(kTokenCacheBytes / stride * group / 4 * 4, std::max<int64_t>(group, 8));
+  const int64_t fitting = kernel.tokens_at_once != nullptr
+                              ? kernel.tokens_at_once(cols)
+                              : std::max(kTokenCacheBytes / stride * group / 4 * 4, std::max<int64_t>(group, 8));
   const std::vector<Piece> pieces = split(kernel, format, type, matrices, threads);
   parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];

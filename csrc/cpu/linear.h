@@ -7,7 +7,7 @@
 
 namespace wandapp {
 
-enum class Variant { plain, avx2, avx512, avx512_bf16, avx512_vbmi2 };
+enum class Variant { plain, avx2, avx512, avx512_bf16, avx512_vbmi2, amx };
 
 const Kernel* find_kernel(Variant variant, Format format, Type type);
 

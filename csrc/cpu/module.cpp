@@ -34,7 +34,17 @@ std::vector<std::pair<std::string, Variant>> variants() {
   return found;
 }
 
+// Not one of the above: it has kernels for bf16 only, and is asked for by name.
+bool has_amx() {
+#if defined(WANDAPP_HAVE_AMX)
+  return wandapp::has_amx();
+#else
+  return false;
+#endif
+}
+
 void require_here(Variant variant) {
+  if (variant == Variant::amx && has_amx()) return;
   for (const auto& [name, available] : variants())
     if (available == variant) return;
   throw py::value_error("this processor cannot run the variant");
@@ -136,11 +146,13 @@ PYBIND11_MODULE(_cpu, module) {
       .value("avx2", Variant::avx2)
       .value("avx512", Variant::avx512)
       .value("avx512_bf16", Variant::avx512_bf16)
-      .value("avx512_vbmi2", Variant::avx512_vbmi2);
+      .value("avx512_vbmi2", Variant::avx512_vbmi2)
+      .value("amx", Variant::amx);
   module.def("variants", &variants, "Name and value of every variant this processor runs, best first.");
   module.def("has_kernel", [](Variant variant, Format format, Type type) {
     return wandapp::find_kernel(variant, format, type) != nullptr;
   });
+  module.def("has_amx", &has_amx, "Whether the variant amx, which variants() leaves out, was built and runs here.");
   module.def("has_fast_bf16_gemm", &wandapp::has_fast_bf16_gemm, "AMX-BF16 or AVX512-BF16.");
   module.def("parallel_backend", &wandapp::parallel_backend, "Whose threads work: \"openmp\" (torch's) or \"own\".");
   py::class_<Bound>(module, "Bound", "A weight and its bias by address, checked once.")

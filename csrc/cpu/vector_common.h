@@ -10,7 +10,7 @@ constexpr int kMaxTokens = 4;  // rows of activations that share a vector of wei
 constexpr int64_t kPrefetchBytes = 1024;
 
 int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-size_t no_scratch(int64_t) { return 0; }
+[[maybe_unused]] size_t no_scratch(int64_t) { return 0; }
 
 template <class T>
 struct Output {

@@ -1,4 +1,4 @@
-"""The layout bitmap_windows: the weight comes back bit for bit, and what is packed is what csrc/cpu/windows.h describes."""
+"""The layout bitmap_windows: weights come back bit for bit, and what is packed is what csrc/cpu/windows.h describes."""
 
 from __future__ import annotations
 
@@ -141,4 +141,5 @@ def test_windows_and_bitmap_agree():
             backend.run(x, LAYOUTS[backend.layout].pack(weight), None, weight.shape, None).double()
             for backend in (cpu.WINDOWS, cpu.BITMAP)
         )
-        assert float((a - b).norm() / b.norm()) < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+        allowed = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+        assert float((a - b).norm() / b.norm()) < allowed[dtype]

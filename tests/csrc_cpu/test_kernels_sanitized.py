@@ -1,4 +1,4 @@
-"""All kernel sources, AVX-512 through its emulation, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""All kernel sources, AVX-512 and AMX emulated, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compil
 FLAGS = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-HAVE = ["-DWANDAPP_HAVE_AVX512", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
+HAVE = ["-DWANDAPP_HAVE_AVX512", "-DWANDAPP_HAVE_AMX", *(["-DWANDAPP_HAVE_AVX2"] if X86 else [])]
 
-PLAIN = ("kernels_plain", "cpu_features", "parallel", "thread_pool", "linear", "windows_packing")
+PLAIN = ("kernels_plain", "cpu_features", "tile_permission", "parallel", "thread_pool", "linear", "windows_packing")
 AVX512 = ROOT / "cpu/kernels_avx512.cpp"
 
 
@@ -39,6 +39,8 @@ FILES = [
     (AVX512, avx512_flags("avx512_kernel", bf16_dot=0, expand_words=0)),
     (AVX512, avx512_flags("avx512_bf16_kernel", bf16_dot=1, expand_words=0)),
     (AVX512, avx512_flags("avx512_vbmi2_kernel", bf16_dot=1, expand_words=1)),
+    # Tiles are multiplied number by number: without optimization most of the time would go there.
+    (ROOT / "cpu/kernels_amx.cpp", ["-DWANDAPP_EMULATE_AVX512", "-O1"]),
     *([(ROOT / "cpu/kernels_avx2.cpp", AVX2)] if X86 else []),
     *((ROOT / f"cpu/{name}.cpp", HAVE) for name in PLAIN),
     (Path(__file__).with_name("driver.cpp"), HAVE),
@@ -49,7 +51,7 @@ FILES = [
 def driver(request: pytest.FixtureRequest) -> Path:
     """The driver; objects are kept in pytest's cache until a source or a flag changes."""
     folder = Path(request.config.cache.mkdir("csrc_cpu"))
-    headers = b"".join(path.read_bytes() for path in sorted([*ROOT.glob("cpu/*.h"), *ROOT.glob("emulation/avx512*")]))
+    headers = b"".join(path.read_bytes() for path in sorted([*ROOT.glob("cpu/*.h"), *ROOT.glob("emulation/a*.h")]))
 
     def compile_file(task: tuple[Path, list[str]]) -> str:
         source, flags = task
@@ -96,6 +98,41 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
     # weight decompressed by all four.
     rows = sum(case.shape[0] for case in cases)
     assert int(output.rsplit("\n", 2)[-2].split()[0]) >= 3 * 3 * len(cases) + 4 * rows
+
+
+def test_tiles_match_float64_at_awkward_shapes(driver: Path, tmp_path: Path):
+    cases = []
+    for layout in ("dense", "nm", "bitmap"):
+
+        def add(tokens: int, rows: int, columns: int, layout: str = layout, **changes: object) -> None:
+            cases.append(make_case(layout, torch.bfloat16, tokens, rows, columns, **changes))
+
+        for rows in (1, 15, 16, 17, 31, 32, 33, 50, 64):
+            add(3, rows, 70, bias=rows % 2 == 0)
+        for columns in (1, 2, 3, 5, 31, 32, 33, 63, 64, 65, 510, 511, 512, 513, 514, 515, 516, 577, 1024, 1030):
+            add(2, 17, columns)
+        for tokens in (15, 16, 17, 31, 32, 33, 48, 64, 65, 100):
+            add(tokens, 18, 70)
+        add(33, 33, 545)  # several blocks of columns, a pair of token groups and a single one
+        add(300, 3, 40)  # several passes over the weight
+        add(2, 36, 3000)  # several pieces
+    cases.append(make_case("nm", torch.bfloat16, 33, 1, 26_000))  # passes of fewer tokens
+    for density in (0, 0.05, 0.95, 1):
+        cases += [make_case("bitmap", torch.bfloat16, tokens, 19, 1030, density) for tokens in (1, 20)]
+    write_cases(tmp_path / "cases", cases)
+    assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
+
+
+def test_an_infinite_weight_stays_in_its_row(driver: Path, tmp_path: Path):
+    cases = []
+    for layout, columns in itertools.product(("nm", "dense"), (34, 70, 516)):
+        case = make_case(layout, torch.bfloat16, 2, 3, columns)
+        # Of the 2:4 weight the row in the middle keeps nothing, so that its first value stands for column 0.
+        values = case.tensors[0].view(-1)
+        values[values.numel() // 3] = case.dense[1, 0] = float("inf")
+        cases.append(case)
+    write_cases(tmp_path / "cases", cases)
+    run(driver, tmp_path / "cases")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

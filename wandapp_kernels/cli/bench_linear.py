@@ -31,7 +31,7 @@ from wandapp_kernels.sparsity.packing import packed_bytes
 from wandapp_kernels.tuning.device import fingerprint, last_level_cache
 
 _SHORT_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_BEST_DENSE = (DENSE, "cpu-dense")
+_BEST_DENSE = (DENSE, "cpu-dense", "cpu-dense-amx")
 _COPY_ROUNDS = 9
 
 

@@ -19,6 +19,7 @@ except ImportError as error:
     raise
 
 from wandapp_kernels.backends.base import register_backend
+from wandapp_kernels.backends.cpu.amx import amx_backends
 from wandapp_kernels.backends.cpu.backends import CpuDense, CpuLinear, CpuStrips
 from wandapp_kernels.backends.cpu.pairs import PairsLayout
 from wandapp_kernels.backends.cpu.windows import WindowsLayout
@@ -43,6 +44,8 @@ for backend in (NM, *_unstructured):
     register_backend(backend)
     register_backend(CpuStrips(backend))
 register_backend(DENSE)
+for amx in amx_backends((NM, BITMAP, DENSE)):
+    register_backend(amx)
 
 __all__ = [
     "BITMAP",

@@ -20,7 +20,13 @@ _STRIP_BYTES = 8 << 20
 
 
 class CompiledBackend(Backend):
-    """Runs the compiled kernel of its layout: fp32 accumulation, any shape, the same with any number of threads."""
+    """Runs the compiled kernel of its layout: fp32 accumulation, any shape, the same with any number of threads.
+
+    Attributes:
+        variant: whose kernel; None: that of the variant in use.
+    """
+
+    variant: str | None = None
 
     def run(
         self,
@@ -112,8 +118,8 @@ class CpuCall(Call):
 
     def __init__(self, backend: CompiledBackend, held: Held, shape: tuple[int, int], dtype: torch.dtype):
         super().__init__(backend, shape, None)
-        self.bound = compiled.Bound(backend.layout, *held, shape, dtype)
-        self.kind = (backend.layout, dtype, shape[1], compiled.variant())
+        self.bound = compiled.Bound(backend.layout, *held, shape, dtype, backend.variant)
+        self.kind = (backend.layout, dtype, shape[1], backend.variant or compiled.variant())
 
     def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
         return self.run_together(x, (), held)[0]

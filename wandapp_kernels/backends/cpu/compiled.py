@@ -77,6 +77,11 @@ def has_fast_bf16_gemm() -> bool:
     return _cpu.has_fast_bf16_gemm()
 
 
+def has_amx_kernel(layout: str) -> bool:
+    """Whether AMX runs here (the compiler knew it, the processor has it, the system allows it), and for this layout."""
+    return _cpu.has_amx() and _cpu.has_kernel(_cpu.Variant.amx, FORMATS[layout], _cpu.Type.bf16)
+
+
 class Bound:
     """A weight in ``layout`` with its bias, checked once, so that a call only passes addresses.
 
@@ -96,8 +101,12 @@ class Bound:
         bias: torch.Tensor | None,
         shape: tuple[int, int],
         dtype: torch.dtype,
+        variant: str | None = None,
     ):
-        """Raises UsageError unless types and sizes fit together; see the functions below for the arguments."""
+        """Raises UsageError unless types and sizes fit together; see the functions below for the arguments.
+
+        ``variant``: whose kernel; None: that of the variant in use.
+        """
         values, meta, offsets, kept = addresses(layout, tensors, shape, dtype)
         given = [*tensors, bias]
         if bias is not None:
@@ -108,7 +117,8 @@ class Bound:
         self.layout, self.dtype, self.shape = layout, dtype, shape
         self._copies = [tensor for tensor in kept if not any(tensor is one for one in given)]
         address = 0 if bias is None else bias.data_ptr()
-        self.native = _cpu.Bound(_variant, FORMATS[layout], TYPES[dtype], values, meta, offsets, address, *shape)
+        kernels = _variant if variant is None else _cpu.Variant.__members__[variant]
+        self.native = _cpu.Bound(kernels, FORMATS[layout], TYPES[dtype], values, meta, offsets, address, *shape)
 
 
 def multiply(x: torch.Tensor, bound: Sequence[Bound]) -> list[torch.Tensor] | None:

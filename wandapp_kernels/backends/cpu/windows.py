@@ -1,7 +1,7 @@
 """The layout of unstructured weights whose kernel permutes the activations: `csrc/cpu/windows.h` describes it.
 
-Blocks of 4 rows are cut into steps. A step holds up to two kept weights of each row, all within one window of 8 columns,
-padded with zeros to 8: its values, and an int32 word with the column of each and how far the window moved.
+Blocks of 4 rows are cut into steps. A step holds up to two kept weights of each row, all within one window of 8
+columns, padded with zeros to 8: its values, and an int32 word with the column of each and how far the window moved.
 
 Values: ``[steps, 8]``, in bf16 ``[steps / 2, 8, 2]`` (two steps side by side); words: int32 ``[steps]``; the first step
 of every block: int64 ``[⌈N/4⌉ + 1]``; the canonical weight's ``row_offsets``: int64 ``[N + 1]``.

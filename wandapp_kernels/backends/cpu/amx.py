@@ -1,0 +1,35 @@
+"""The backends over the AMX kernels, where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from wandapp_kernels.backends.base import Problem
+from wandapp_kernels.backends.cpu import compiled
+from wandapp_kernels.backends.cpu.backends import CompiledBackend
+
+
+class CpuAmx(CompiledBackend):
+    """The AMX kernel for what another backend runs, in bf16: weights are expanded into tiles in the cache."""
+
+    variant = "amx"
+    # Its code has only been run through emulation: without a measurement nobody knows whether, and where, it is faster.
+    default_tokens = 0
+
+    def __init__(self, backend: CompiledBackend):
+        self.name = f"{backend.name}-amx"
+        self.layout = backend.layout
+        self._backend = backend
+
+    def supports(self, problem: Problem) -> str | None:
+        reason = self._backend.supports(problem)
+        if reason is None and problem.dtype != torch.bfloat16:
+            return f"the tiles of AMX take bf16, not {problem.dtype}"
+        return reason
+
+
+def amx_backends(backends: Iterable[CompiledBackend]) -> list[CpuAmx]:
+    """One for each backend whose layout an AMX kernel of this machine reads."""
+    return [CpuAmx(backend) for backend in backends if compiled.has_amx_kernel(backend.layout)]
