@@ -160,7 +160,7 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
         store(rows + i * width + k, expand(values, mask));
       });
     }
-    dense_rows(rows, block, width, width, tokens, count, r, output);
+    dense_rows(rows, block, width, width, tokens, count, r, 1, output);
   }
 }
 

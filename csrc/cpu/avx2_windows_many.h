@@ -27,7 +27,7 @@ template <class T, int V>
 #pragma GCC unroll 2
     for (int i = 0; i < kPair; ++i) {
       const uint32_t word = words[s + i];
-      window += move_of(word) << kShift;
+      window += move_of(words + s + i) << kShift;
 #pragma GCC unroll 8
       for (int slot = 0; slot < kSlots; ++slot) {
         const int shift = 3 * slot - kShift;

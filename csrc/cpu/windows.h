@@ -25,7 +25,9 @@ constexpr int64_t kSlots = 8;
 constexpr uint32_t kNothing = 1 | 1 << 6 | 1 << 12 | 1 << 18;  // the columns of every row: 1, 0
 constexpr int64_t kFarthest = 255;                             // columns that a window moves on at most
 
-[[maybe_unused]] inline int64_t move_of(uint32_t word) { return word >> 24; }
+[[maybe_unused]] inline int64_t move_of(const uint32_t* word) {
+  return reinterpret_cast<const uint8_t*>(word)[3];  // little-endian
+}
 [[maybe_unused]] inline int64_t column_of(uint32_t word, int64_t slot) { return word >> (3 * slot) & 7; }
 // Kept weights of a row of the block in this step.
 [[maybe_unused]] inline int kept_of(uint32_t word, int64_t row) {
@@ -47,7 +49,7 @@ void for_windows_row(const Matrix& matrix, int64_t r, Body body) {
   const int64_t block = r / kWindowRows, row = r % kWindowRows;
   int64_t base = 0;
   for (int64_t s = matrix.offsets[block]; s < matrix.offsets[block + 1]; ++s) {
-    base += move_of(words[s]);
+    base += move_of(words + s);
     const int kept = kept_of(words[s], row);
     for (int64_t slot = 2 * row; slot < 2 * row + kept; ++slot) {
       body(base + column_of(words[s], slot), values[value_at<T>(s, slot)]);
@@ -70,7 +72,7 @@ void expand_windows_block(const Matrix& matrix, int64_t block, Out* rows) {
   const int64_t first = matrix.offsets[block], last = matrix.offsets[block + 1];
   std::memset(static_cast<void*>(rows), 0, static_cast<size_t>(kWindowRows * matrix.cols) * sizeof(Out));
   int64_t base = 0;
-  for (int64_t s = first; s < last; ++s) base += move_of(words[s]);
+  for (int64_t s = first; s < last; ++s) base += move_of(words + s);
   for (int64_t s = last - 1; s >= first; --s) {
     const uint32_t word = words[s];
     for (int64_t row = 0; row < kWindowRows; ++row) {
@@ -78,7 +80,7 @@ void expand_windows_block(const Matrix& matrix, int64_t block, Out* rows) {
       put(out, column_of(word, 2 * row + 1), values[value_at<T>(s, 2 * row + 1)]);
       put(out, column_of(word, 2 * row), values[value_at<T>(s, 2 * row)]);
     }
-    base -= move_of(word);
+    base -= move_of(words + s);
   }
 }
 
