@@ -6,11 +6,14 @@ import json
 import sys
 
 import pytest
+import torch
 
-from wandapp_kernels.cli.bench_linear import Shape, weight_bytes
+from wandapp_kernels.backends import layouts_of
+from wandapp_kernels.cli.bench_linear import weight_bytes
 from wandapp_kernels.cli.main import main
-from wandapp_kernels.sparsity import BitmapWeight, NMWeight, Pattern
-from wandapp_kernels.sparsity.mask import mask_from_scores
+from wandapp_kernels.dispatch import problem_for
+from wandapp_kernels.ops.layouts import get_layout
+from wandapp_kernels.tuning.measure import sample_weight
 
 FIELDS = {
     "n", "k", "m", "sparsity", "dtype", "backend", "us", "gb_per_s", "share_of_copy", "ceiling", "speedup_torch",
@@ -74,12 +77,12 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, capsys, tmp_path
     assert 'pip install "wandapp_kernels[plot]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
-def test_bytes_are_those_of_the_compressed_weight(pattern):
-    import torch
-
-    parsed = Pattern.parse(pattern)
-    dense = torch.randn(32, 100).to(torch.bfloat16) * mask_from_scores(torch.rand(32, 100), parsed)
-    weight = NMWeight.compress(dense, pattern=parsed) if parsed.is_nm else BitmapWeight.compress(dense)
-    assert weight_bytes(Shape(32, 100), parsed, 2) == pytest.approx(weight.nbytes, rel=0.01)
-    assert weight_bytes(Shape(32, 100), None, 2) == weight.dense_nbytes
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_bytes_are_those_of_the_layout(pattern):
+    problem = problem_for(2048, 96, pattern, 1, torch.bfloat16, density=0.4)
+    sample = sample_weight(problem)
+    for name in layouts_of(problem.operator):
+        if get_layout(name).supports(sample.compressed) is None:
+            packed = sum(tensor.nbytes for tensor in get_layout(name).pack(sample.compressed))
+            assert weight_bytes(problem, name) == pytest.approx(packed, rel=0.02), name
+    assert weight_bytes(problem, "dense") == 2048 * 96 * 2

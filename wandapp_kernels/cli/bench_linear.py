@@ -10,7 +10,8 @@ import datetime
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,16 @@ from wandapp_kernels.checkpoint.save import to_json
 from wandapp_kernels.cli import checks
 from wandapp_kernels.cli.checks import DTYPES
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.ops.layouts import CANONICAL, get_layout
 from wandapp_kernels.report.tables import table
 from wandapp_kernels.sparsity import Pattern
-from wandapp_kernels.sparsity.nm_weight import index_bits, kept_per_row
-from wandapp_kernels.sparsity.packing import packed_bytes
 from wandapp_kernels.tuning.device import fingerprint, last_level_cache
+from wandapp_kernels.tuning.measure import sample_weight
 
 _SHORT_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BEST_DENSE = (DENSE, "cpu-dense", "cpu-dense-amx")
 _COPY_ROUNDS = 9
+_PACKED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def bench(
         ``{"device", "threads", "cpu_kernels", "versions", "date", "copy_gb_per_s", "rows": [{"n", "k", "m", "sparsity",
         "dtype", "backend", "us", "gb_per_s", "share_of_copy", "ceiling", "speedup_torch", "speedup_best_dense",
         "candidates": {backend: µs}}]}``. ``gb_per_s`` counts weight, activation and output once; ``ceiling`` is dense
-        bytes by compressed bytes of the weight.
+        bytes by those of the weight in its layout (in the canonical one where dense is chosen).
     """
     copy = copy_bandwidth(device)
     rows = []
@@ -116,9 +118,9 @@ def bench(
         for (shape, pattern), group in problems.items():
             measured = dispatch.tune(group, seconds=seconds, again=True, progress=lambda *_: bar.update())
             layout = dispatch.choose_layout(group[0])
-            for m, problem in zip(tokens, group, strict=True):
+            for problem in group:
                 chosen = dispatch.explain(problem, layout).chosen
-                rows.append(_row(shape, pattern, m, problem, chosen, measured[problem].times_us, copy))
+                rows.append(_row(shape, pattern, problem, layout, chosen, measured[problem].times_us, copy))
     versions = fingerprint(device)
     return {
         "device": versions.pop("device"),
@@ -145,15 +147,15 @@ def copy_bandwidth(device: str = "cpu") -> float:
     return 2 * size / statistics.median(times) / 1e9
 
 
-def weight_bytes(shape: Shape, pattern: Pattern | None, itemsize: int) -> int:
-    """Bytes of a weight: dense (None), or in the canonical compressed layout of its pattern."""
-    if pattern is None:
-        return shape.n * shape.k * itemsize
-    if pattern.is_nm:
-        kept = kept_per_row(shape.k, pattern)
-        return shape.n * (kept * itemsize + packed_bytes(kept, index_bits(pattern)))
-    kept = round(shape.n * shape.k * (1 - pattern.ratio))
-    return kept * itemsize + shape.n * packed_bytes(shape.k, 1) + 8 * (shape.n + 1)
+@lru_cache
+def weight_bytes(problem: Problem, layout: str) -> int:
+    """Bytes of a random weight of the problem (of one token) in a layout; of many rows, some are packed."""
+    rows = min(problem.out_features, _PACKED_ROWS)
+    sample = sample_weight(replace(problem, out_features=rows))
+    if layout == DENSE or sample.compressed is None:
+        return problem.out_features * problem.in_features * problem.dtype.itemsize
+    size = sum(tensor.nbytes for tensor in get_layout(layout).pack(sample.compressed))
+    return round(size * problem.out_features / rows)
 
 
 def _problem(shape: Shape, pattern: Pattern, m: int, dtype: torch.dtype, device: str) -> Problem:
@@ -163,13 +165,21 @@ def _problem(shape: Shape, pattern: Pattern, m: int, dtype: torch.dtype, device:
 
 
 def _row(
-    shape: Shape, pattern: Pattern, m: int, problem: Problem, chosen: str, times: dict[str, float], copy: float
+    shape: Shape,
+    pattern: Pattern,
+    problem: Problem,
+    layout: str,
+    chosen: str,
+    times: dict[str, float],
+    copy: float,
 ) -> dict[str, Any]:
-    item = problem.dtype.itemsize
+    m = problem.tokens
     us = times[chosen]
-    dense = weight_bytes(shape, None, item)
-    weight = dense if chosen in _BEST_DENSE else weight_bytes(shape, pattern, item)
-    rate = (weight + m * (shape.n + shape.k) * item) / us / 1e3
+    one = replace(problem, tokens=1)
+    dense = weight_bytes(one, DENSE)
+    compressed = weight_bytes(one, CANONICAL[problem.operator] if layout == DENSE else layout)
+    weight = dense if layout == DENSE else compressed
+    rate = (weight + m * (shape.n + shape.k) * problem.dtype.itemsize) / us / 1e3
     return {
         "n": shape.n,
         "k": shape.k,
@@ -180,7 +190,7 @@ def _row(
         "us": round(us, 1),
         "gb_per_s": round(rate, 2),
         "share_of_copy": round(rate / copy, 3),
-        "ceiling": round(dense / weight_bytes(shape, pattern, item), 3),
+        "ceiling": round(dense / compressed, 3),
         "speedup_torch": round(times[DENSE] / us, 3),
         "speedup_best_dense": round(min(times[name] for name in _BEST_DENSE if name in times) / us, 3),
         "candidates": {name: round(value, 1) for name, value in sorted(times.items(), key=lambda entry: entry[1])},
