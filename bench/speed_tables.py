@@ -13,18 +13,46 @@ RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured yet"
 
 
-def linear_table(folder: Path = RESULTS / "linear", most_tokens: int | None = None) -> str:
-    """What dispatch chose on every device, against torch and the best dense kernel. Losing rows stay.
-
-    Args:
-        most_tokens: rows with more tokens are left out.
-    """
+def linear_table(folder: Path = RESULTS / "linear") -> str:
+    """What dispatch chose on every device, against torch and the best dense kernel. Losing rows stay."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in result["rows"] if most_tokens is None or row["m"] <= most_tokens]
-        parts += [table(*_linear_rows(rows), markdown=True), _linear_conditions(result)]
+        parts += [table(*_linear_rows(result["rows"]), markdown=True), _linear_conditions(result)]
     return "\n\n".join(parts) or NOT_MEASURED
+
+
+def linear_summary(folder: Path = RESULTS / "linear") -> str:
+    """The same in few rows: every device and sparsity on the first shape measured, one column for each token count."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not results:
+        return NOT_MEASURED
+    tokens = sorted({row["m"] for result in results for row in result["rows"]})
+    rows: list[list[object]] = []
+    for result in results:
+        shape = (result["rows"][0]["n"], result["rows"][0]["k"])
+        mine = [row for row in result["rows"] if (row["n"], row["k"]) == shape]
+        for sparsity in dict.fromkeys(row["sparsity"] for row in mine):
+            found = {row["m"]: row for row in mine if row["sparsity"] == sparsity}
+            cells = [f"{found[m]['speedup_best_dense']:.2f}" if m in found else None for m in tokens]
+            torch_1 = f"{found[1]['speedup_torch']:.2f}" if 1 in found else None
+            rows.append([f"{_kernels(result)}, {shape[0]} × {shape[1]}", _sparsity(sparsity), *cells, torch_1])
+    headers = ["CPU, N × K", "sparsity", *(f"M = {m}" for m in tokens), "× torch, M = 1"]
+    conditions = "; ".join(
+        f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}, {result['date']}"
+        for result in results
+    )
+    return f"{table(headers, rows, markdown=True)}\n\n{conditions}."
+
+
+def _kernels(result: dict[str, Any]) -> str:
+    """``AMD EPYC (avx2)``: a device name without its trade marks, and the kernels used."""
+    name = str(result["device"]).replace("(R)", "").replace("(TM)", "").removesuffix(" Processor")
+    return f"{name} ({result['cpu_kernels']})" if result.get("cpu_kernels") else name
+
+
+def _sparsity(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.0%}"
 
 
 def _linear_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[object]]]:
@@ -32,7 +60,7 @@ def _linear_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[objec
     return headers, [
         [
             f"{row['n']} × {row['k']}",
-            row["sparsity"] if isinstance(row["sparsity"], str) else f"{row['sparsity']:.0%}",
+            _sparsity(row["sparsity"]),
             str(row["m"]),
             row["backend"],
             f"{row['us']:,.0f}",

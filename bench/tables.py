@@ -103,7 +103,7 @@ def any_table(name: str) -> str:
         "h100": h100.readme_table,
         "h100:all": h100.docs_table,
         "linear": speed_tables.linear_table,
-        "linear:1": lambda: speed_tables.linear_table(most_tokens=1),
+        "linear:summary": speed_tables.linear_summary,
         "llm-compressor": speed_tables.peer_table,
     }
     if name.startswith("model:"):

@@ -69,6 +69,7 @@ def test_cpu_seconds_are_shown_where_a_run_of_every_method_has_them(results):
 def test_nothing_measured_says_so(results, tmp_path):
     assert tables.quality_table("4:8") == "not measured yet"
     assert speed_tables.linear_table(tmp_path / "none") == "not measured yet"
+    assert speed_tables.linear_summary(tmp_path / "none") == "not measured yet"
     assert speed_tables.model_table("none", tmp_path) == "not measured yet"
     assert speed_tables.peer_table(tmp_path / "none.json") == "not measured yet"
 
@@ -90,7 +91,13 @@ def test_rows_of_linears_lose_nothing(tmp_path):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| 8")]
     assert cells[0] == ["8 × 4", "2:4", "1", "cpu-nm", "1,234", "9.9", "2.50", "1.50", "1.78"]
     assert cells[1][1:4] == ["50%", "16", "cpu-bitmap"] and cells[1][7:] == ["0.80", "–"]
-    assert "cpu-bitmap" not in speed_tables.linear_table(tmp_path, most_tokens=1)
+    summary = speed_tables.linear_summary(tmp_path).split("\n")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary if line.startswith("| a CPU")]
+    assert cells == [
+        ["a CPU (avx2), 8 × 4", "2:4", "1.50", "–", "2.50"],
+        ["a CPU (avx2), 8 × 4", "50%", "–", "0.80", "–"],
+    ]
+    assert summary[-1] == "a CPU, 2 threads, torch 2, 2026-01-02."
     assert (
         "a CPU, 2 threads, kernels avx2, bfloat16" in lines[-1]
         and "20.5 GB/s" in lines[-1]
