@@ -166,8 +166,8 @@ def tune(
 ) -> dict[Problem, Measurement]:
     """Measure every backend that can run each problem, dense always among them, and remember the times.
 
-    Problems that differ only in their tokens share one random weight. What was measured before is kept. Within
-    :func:`frozen` nothing is measured.
+    Problems that differ only in their tokens share one random weight. What was measured before is kept, unless a backend
+    has come since. Within :func:`frozen` nothing is measured.
 
     Args:
         problems: each is measured at the upper end of its bucket of tokens; duplicates are measured once.
@@ -183,7 +183,7 @@ def tune(
     shapes: dict[Problem, list[Problem]] = {}
     for problem in wanted:
         found = None if again and not _frozen else _store(problem.device).exact(problem)
-        if found is not None:
+        if found is not None and (_frozen or _complete(problem, found)):
             known[problem] = found
         elif not _frozen:
             shapes.setdefault(replace(problem, tokens=1), []).append(problem)
@@ -342,6 +342,17 @@ def _in_family(name: str) -> bool:
 def _fallback(usable: Sequence[Backend]) -> list[Backend]:
     """What runs every problem of a layout: decompressing, or for a dense weight the dense product."""
     return [backend for backend in usable if isinstance(backend, DecompressBackend) or backend.name == DENSE]
+
+
+def _complete(problem: Problem, found: Measurement) -> bool:
+    """Whether every backend that would run the problem was there when it was measured: another may be new."""
+    willing = {
+        backend.name
+        for layout in [DENSE, *layouts_of(problem.operator)]
+        for backend in backends_of(layout)
+        if backend.name in BACKENDS and backend.supports(problem) is None
+    }
+    return willing <= found.times_us.keys() | found.left_out.keys()
 
 
 def _require_here(problem: Problem) -> None:

@@ -32,8 +32,6 @@ constexpr int64_t kBlockSteps = kBlockCols / kStepCols;
 constexpr int64_t kBlockBytes = kBlockSteps * 2 * kTileBytes;
 constexpr int64_t kSumBytes = 4 * kTileBytes;  // sums of one product
 
-inline uint32_t low_bits(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
-
 // Palette 1 has 8 tiles; bytes that are not named here are 0.
 struct alignas(64) TileConfig {
   uint8_t palette = 1;

@@ -1,5 +1,5 @@
-// bitmap_windows with AVX2 for several tokens: every kept weight is multiplied with the activations of its column, 8 or
-// 16 tokens side by side. Nothing is permuted, and the time per token goes with the weights that are kept.
+// bitmap_windows with AVX2 for several tokens: every value is multiplied with the activations of its column, 8 or 16
+// tokens side by side. Nothing is permuted, and the time per token goes with the number of values.
 #pragma once
 
 #include "avx2_token_groups.h"
@@ -8,9 +8,10 @@
 namespace wandapp {
 namespace {
 
+// (Not inlined: in the loop over rows GCC would keep addresses, and then sums, on the stack.)
 template <class T, int V>
-[[gnu::noinline]] void windows_tokens(const T* values, const uint32_t* words, int64_t steps, const float* x, int64_t m, int64_t count,
-                    int64_t r, int64_t rows, const Output<T>& output) {
+[[gnu::noinline]] void windows_tokens(const T* values, const uint32_t* words, int64_t steps, const float* x, int64_t m,
+                                      int64_t count, int64_t r, int64_t rows, const Output<T>& output) {
   constexpr int kShift = V == 1 ? 5 : 6;  // log2 of a column's bytes
   __m256 acc[kWindowRows][V];
   for (auto& row : acc) {

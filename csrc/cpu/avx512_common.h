@@ -17,7 +17,6 @@ namespace {
 constexpr int kRows = 4;
 constexpr int64_t kPaddedCols = 64;
 
-uint32_t low_bits(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kPrefetchBytes); }
 
 // ---- one vector of weights of type T: 64 bytes

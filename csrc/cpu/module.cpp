@@ -106,9 +106,10 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void count_windows(uintptr_t bitmap, int64_t rows, int64_t cols, uintptr_t steps, int threads) {
+bool count_windows(const Bound& from, uintptr_t steps, int threads) {
+  if (from.format != Format::bitmap) throw py::value_error("only the bitmap format is packed into windows");
   py::gil_scoped_release unlocked;
-  wandapp::count_windows(at<const uint8_t>(bitmap), rows, cols, at<int64_t>(steps), threads);
+  return wandapp::count_windows(from.matrix, at<int64_t>(steps), threads);
 }
 
 void pack_windows(const Bound& from, uintptr_t offsets, uintptr_t values, uintptr_t words, int threads) {
@@ -118,11 +119,11 @@ void pack_windows(const Bound& from, uintptr_t offsets, uintptr_t values, uintpt
                         threads);
 }
 
-void unpack_windows(const Bound& from, uintptr_t row_offsets, uintptr_t values, uintptr_t bitmap, int threads) {
+bool unpack_windows(const Bound& from, uintptr_t row_offsets, uintptr_t values, uintptr_t bitmap, int threads) {
   if (from.format != Format::bitmap_windows) throw py::value_error("only windows are unpacked");
   py::gil_scoped_release unlocked;
-  wandapp::unpack_windows(from.type, from.matrix, at<const int64_t>(row_offsets), at<void>(values),
-                          at<uint8_t>(bitmap), threads);
+  return wandapp::unpack_windows(from.type, from.matrix, at<const int64_t>(row_offsets), at<void>(values),
+                                 at<uint8_t>(bitmap), threads);
 }
 
 }  // namespace
@@ -163,10 +164,10 @@ PYBIND11_MODULE(_cpu, module) {
              "x W^T + bias into the out of every matrix; false when x is not finite (sparse formats only).");
   module.def("decompress", &decompress, py::arg("bound"), py::arg("first"), py::arg("last"), py::arg("out"),
              py::arg("to_fp32"), py::arg("threads"), "Rows first to last as dense rows into out.");
-  module.def("count_windows", &count_windows, py::arg("bitmap"), py::arg("rows"), py::arg("cols"), py::arg("steps"),
-             py::arg("threads"), "Steps of every block of rows of a bitmap weight in the format bitmap_windows.");
+  module.def("count_windows", &count_windows, py::arg("bitmap"), py::arg("steps"), py::arg("threads"),
+             "Steps of every block of rows of a bitmap weight in windows; false: bitmap and offsets do not fit together.");
   module.def("pack_windows", &pack_windows, py::arg("bitmap"), py::arg("offsets"), py::arg("values"),
              py::arg("words"), py::arg("threads"), "A bitmap weight into the format bitmap_windows.");
   module.def("unpack_windows", &unpack_windows, py::arg("windows"), py::arg("row_offsets"), py::arg("values"),
-             py::arg("bitmap"), py::arg("threads"), "The other way round, bit for bit.");
+             py::arg("bitmap"), py::arg("threads"), "The other way round, bit for bit; false: weights and row_offsets do not fit together.");
 }

@@ -11,6 +11,9 @@ constexpr int64_t kPrefetchBytes = 1024;
 
 int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 [[maybe_unused]] size_t no_scratch(int64_t) { return 0; }
+[[maybe_unused]] inline uint32_t low_bits(int64_t count) {
+  return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
+}
 
 template <class T>
 struct Output {

@@ -1,6 +1,7 @@
 #include "windows_packing.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "parallel.h"
 #include "windows.h"
@@ -10,31 +11,32 @@ namespace {
 
 constexpr int64_t kNone = INT64_MAX;
 
-// The set bits of one row of a bitmap, from left to right.
+// The set bits of the first `cols` of one row of a bitmap, from left to right.
 class Columns {
  public:
   Columns() = default;
-  Columns(const uint8_t* bits, int64_t bytes) : bits_(bits), bytes_(bytes) { advance(); }
+  Columns(const uint8_t* bits, int64_t cols) : bits_(bits), cols_(cols) { advance(); }
 
   int64_t next() const { return next_; }
 
   void advance() {
     while (word_ == 0) {
-      if (at_ >= bytes_) {
+      if (at_ >= cols_) {
         next_ = kNone;
         return;
       }
-      base_ = at_ * 8;
-      std::memcpy(&word_, bits_ + at_, static_cast<size_t>(std::min<int64_t>(bytes_ - at_, 8)));
-      at_ += 8;
+      const int64_t left = std::min<int64_t>(cols_ - at_, 64);
+      std::memcpy(&word_, bits_ + at_ / 8, static_cast<size_t>(ceil_div(left, 8)));
+      if (left < 64) word_ &= (uint64_t{1} << left) - 1;
+      at_ += 64;
     }
-    next_ = base_ + __builtin_ctzll(word_);
+    next_ = at_ - 64 + __builtin_ctzll(word_);
     word_ &= word_ - 1;
   }
 
  private:
   const uint8_t* bits_ = nullptr;
-  int64_t bytes_ = 0, at_ = 0, base_ = 0, next_ = kNone;
+  int64_t cols_ = 0, at_ = 0, next_ = kNone;
   uint64_t word_ = 0;
 };
 
@@ -42,12 +44,13 @@ class Columns {
 // A window starts at the first column that any row still needs, and each row takes what it can: no step could do more
 // for the rows that are behind.
 template <class Pick, class Step>
-void for_steps(const uint8_t* bitmap, int64_t rows, int64_t cols, int64_t block, Pick pick, Step step) {
-  const int64_t bytes = ceil_div(cols, 8);
-  const int64_t first = block * kWindowRows, count = std::min(rows - first, kWindowRows);
+void for_windows(const Matrix& from, int64_t block, Pick pick, Step step) {
+  const uint8_t* bitmap = static_cast<const uint8_t*>(from.meta);
+  const int64_t bytes = ceil_div(from.cols, 8);
+  const int64_t first = block * kWindowRows, count = std::min(from.rows - first, kWindowRows);
   Columns columns[kWindowRows];
-  for (int64_t i = 0; i < count; ++i) columns[i] = Columns(bitmap + (first + i) * bytes, bytes);
-  const int64_t last_window = std::max<int64_t>(cols - kWindow, 0);
+  for (int64_t i = 0; i < count; ++i) columns[i] = Columns(bitmap + (first + i) * bytes, from.cols);
+  const int64_t last_window = std::max<int64_t>(from.cols - kWindow, 0);
   int64_t base = 0, steps = 0;
   for (;;) {
     int64_t needed = kNone;
@@ -84,11 +87,11 @@ void pack(const Matrix& from, int64_t block, const int64_t* offsets, T* values, 
     next[i] = static_cast<const T*>(from.values) + from.offsets[std::min(block * kWindowRows + i, from.rows)];
   }
   int64_t s = offsets[block];
+  if (s == offsets[block + 1]) return;
   std::memset(static_cast<void*>(values + s * kSlots), 0,
               static_cast<size_t>((offsets[block + 1] - s) * kSlots) * sizeof(T));
-  for_steps(
-      static_cast<const uint8_t*>(from.meta), from.rows, from.cols, block,
-      [&](int64_t slot) { values[value_at<T>(s, slot)] = *next[slot / 2]++; }, [&](uint32_t word) { words[s++] = word; });
+  const auto pick = [&](int64_t slot) { values[value_at<T>(s, slot)] = *next[slot / 2]++; };
+  for_windows(from, block, pick, [&](uint32_t word) { words[s++] = word; });
 }
 
 template <class T>
@@ -110,12 +113,18 @@ void with_type(Type type, Body body) {
 
 }  // namespace
 
-void count_windows(const uint8_t* bitmap, int64_t rows, int64_t cols, int64_t* steps, int threads) {
-  parallel_for(ceil_div(rows, kWindowRows), threads, [&](int64_t block) {
-    int64_t count = 0;
-    for_steps(bitmap, rows, cols, block, [](int64_t) {}, [&](uint32_t) { ++count; });
+bool count_windows(const Matrix& from, int64_t* steps, int threads) {
+  std::atomic<bool> good{true};
+  parallel_for(ceil_div(from.rows, kWindowRows), threads, [&](int64_t block) {
+    int64_t count = 0, kept[kWindowRows] = {};
+    for_windows(from, block, [&](int64_t slot) { ++kept[slot / 2]; }, [&](uint32_t) { ++count; });
     steps[block] = count;
+    const int64_t first = block * kWindowRows;
+    for (int64_t r = first; r < std::min(first + kWindowRows, from.rows); ++r) {
+      if (kept[r - first] != from.offsets[r + 1] - from.offsets[r]) good = false;
+    }
   });
+  return good;
 }
 
 void pack_windows(Type type, const Matrix& from, const int64_t* offsets, void* values, uint32_t* words, int threads) {
@@ -126,15 +135,26 @@ void pack_windows(Type type, const Matrix& from, const int64_t* offsets, void* v
   });
 }
 
-void unpack_windows(Type type, const Matrix& from, const int64_t* row_offsets, void* values, uint8_t* bitmap,
+bool unpack_windows(Type type, const Matrix& from, const int64_t* row_offsets, void* values, uint8_t* bitmap,
                     int threads) {
   const int64_t bytes = ceil_div(from.cols, 8);
+  const uint32_t* words = static_cast<const uint32_t*>(from.meta);
+  std::atomic<bool> good{row_offsets[0] == 0};
+  parallel_for(from.rows, threads, [&](int64_t r) {
+    int64_t kept = 0;
+    for (int64_t s = from.offsets[r / kWindowRows]; s < from.offsets[r / kWindowRows + 1]; ++s) {
+      kept += kept_of(words[s], r % kWindowRows);
+    }
+    if (kept != row_offsets[r + 1] - row_offsets[r]) good = false;
+  });
+  if (!good) return false;
   with_type(type, [&](auto element) {
     using T = decltype(element);
     parallel_for(from.rows, threads, [&](int64_t r) {
       unpack(from, r, static_cast<T*>(values) + row_offsets[r], bitmap + r * bytes);
     });
   });
+  return true;
 }
 
 }  // namespace wandapp

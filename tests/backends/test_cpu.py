@@ -74,7 +74,7 @@ def test_matches_float64(use_variant, variant: str, layout: str, dtype: torch.dt
 @pytest.mark.parametrize(("variant", "layout"), PAIRS)
 def test_the_number_of_threads_changes_no_bit(use_variant, two_threads, variant: str, layout: str):
     use_variant(variant)
-    for tokens, dtype in itertools.product((1, 3, 21), TYPES):
+    for tokens, dtype in itertools.product((1, 2, 3, 7, 21), TYPES):
         case = make_case(layout, dtype, tokens, 1100, 576)
         results = []
         for threads in (1, 2, 3, 7):
@@ -85,7 +85,10 @@ def test_the_number_of_threads_changes_no_bit(use_variant, two_threads, variant:
 
 def test_calls_from_several_threads_at_once(two_threads):
     torch.set_num_threads(2)
-    cases = [make_case(layout, torch.bfloat16, 1, 640, 576) for layout in ("bitmap", cpu.NM_LAYOUT, "dense")]
+    cases = [
+        make_case(layout, torch.bfloat16, 1, 640, 576)
+        for layout in ("bitmap", cpu.WINDOWS.layout, cpu.NM_LAYOUT, "dense")
+    ]
     expected = [run(case) for case in cases]
     wrong = []
 
@@ -184,8 +187,10 @@ def test_what_does_not_fit_is_refused():
     windows = make_case("bitmap_windows", torch.bfloat16, 2, 8, 70).tensors
     refused("swap the layer again", x=x.float(), tensors=[windows[0].float(), *windows[1:]], layout="bitmap_windows")
     refused("tensor 0", tensors=[windows[0][:-1], *windows[1:]], layout="bitmap_windows")
-    refused("the last block ends", tensors=[*windows[:2], windows[2] + 1, windows[3]], layout="bitmap_windows")
+    refused("the blocks' first steps", tensors=[*windows[:2], windows[2] + 1, windows[3]], layout="bitmap_windows")
+    refused("the blocks' first steps", tensors=[*windows[:2], windows[2] * 0, windows[3]], layout="bitmap_windows")
     refused("4 tensors", tensors=windows[:3], layout="bitmap_windows")
+    refused("4 tensors", layout="bitmap_windows")
     with pytest.raises(UsageError, match="int8"):
         compiled.decompress("nm", [torch.zeros(8, 4, dtype=torch.int8), torch.zeros(8, 1, dtype=torch.uint8)], (8, 8))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from tests.csrc_cpu.cpu_cases import Case, make_case
 from wandapp_kernels import _cpu
 from wandapp_kernels.backends import BACKENDS, Problem, cpu, load_backends
 from wandapp_kernels.backends.cpu import backends, compiled
-from wandapp_kernels.backends.cpu.amx import CpuAmx, amx_backends
+from wandapp_kernels.backends.cpu.amx import VARIABLE, CpuAmx, amx_backends
 
 NM = CpuAmx(cpu.CpuLinear("cpu-nm", "nm_linear", "nm"))
 BITMAP, DENSE = CpuAmx(cpu.BITMAP), CpuAmx(cpu.DENSE)
@@ -32,16 +33,17 @@ DENSE_PROBLEM = replace(PROBLEM, operator="linear", pattern="dense", density_buc
 def test_they_are_registered_where_amx_is():
     load_backends()
     found = {name.removesuffix("-amx") for name in BACKENDS if name.endswith("-amx")}
-    assert found == {
-        backend.name for backend in (cpu.NM, cpu.BITMAP, cpu.DENSE) if compiled.has_amx_kernel(backend.layout)
-    }
-    assert bool(found) == _cpu.has_amx()
+    asked = os.environ.get(VARIABLE) == "1"
+    readable = {backend.name for backend in (cpu.NM, cpu.BITMAP, cpu.DENSE) if compiled.has_amx_kernel(backend.layout)}
+    assert found == (readable if asked else set())
+    assert bool(readable) == _cpu.has_amx()
 
 
 @pytest.mark.parametrize("available", [False, True])
 def test_there_is_one_for_each_layout_that_amx_reads(monkeypatch: pytest.MonkeyPatch, available: bool):
     if not BUILT:
         pytest.skip("the compiler that built the module does not know AMX")
+    monkeypatch.setenv(VARIABLE, "1")
     monkeypatch.setattr(_cpu, "has_amx", lambda: available)
     pairs = cpu.CpuLinear("cpu-nm", "nm_linear", "nm_pairs")
     canonical = cpu.CpuLinear("cpu-nm", "nm_linear", "nm")
@@ -49,6 +51,15 @@ def test_there_is_one_for_each_layout_that_amx_reads(monkeypatch: pytest.MonkeyP
     assert [(backend.name, backend.layout) for backend in found] == (
         [("cpu-nm-amx", "nm"), ("cpu-bitmap-amx", "bitmap"), ("cpu-dense-amx", "dense")] if available else []
     )
+
+
+def test_nobody_gets_them_without_asking(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_cpu, "has_amx", lambda: True)
+    for value in ("", "0", "yes"):
+        monkeypatch.setenv(VARIABLE, value)
+        assert amx_backends((cpu.BITMAP, cpu.DENSE)) == []
+    monkeypatch.delenv(VARIABLE)
+    assert amx_backends((cpu.BITMAP, cpu.DENSE)) == []
 
 
 def test_amx_is_not_a_variant_of_the_process():

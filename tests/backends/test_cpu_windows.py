@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 pytest.importorskip("wandapp_kernels._cpu", reason="the compiled CPU kernels are missing")
 
 from tests.csrc_cpu.cpu_cases import TYPES
+from wandapp_kernels import dispatch
 from wandapp_kernels.backends import cpu
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.errors import UsageError
@@ -119,6 +120,41 @@ def test_what_it_does_not_hold_is_refused():
         WINDOWS.pack(small)
 
 
+def test_a_weight_that_contradicts_itself_is_refused():
+    weight = random_weight(4, 12, 0.5, torch.float32, 3)
+    bits = weight.bitmap.clone()
+    bits[0, 1] |= 0x80  # after the last column: padding, whatever it is
+    padded = BitmapWeight(weight.values, bits, weight.row_offsets, weight.shape)
+    assert same_weight(WINDOWS.unpack(WINDOWS.pack(padded), weight.shape, None), weight)
+    bits = weight.bitmap.clone()
+    bits[2, 0] ^= 1
+    with pytest.raises(UsageError, match="another number of bits"):
+        WINDOWS.pack(BitmapWeight(weight.values, bits, weight.row_offsets, weight.shape))
+    tensors = WINDOWS.pack(weight)
+    for row, by in ((1, 1), (4, -1), (0, 1)):
+        offsets = tensors[3].clone()
+        offsets[row] += by
+        with pytest.raises(UsageError, match="another number of weights"):
+            WINDOWS.unpack([*tensors[:3], offsets], weight.shape, None)
+
+
+def test_its_tensors_are_its_own():
+    weight = random_weight(9, 40, 0.5, torch.float32, 3)
+    tensors = WINDOWS.pack(weight)
+    back = WINDOWS.unpack(tensors, weight.shape, None)
+    assert len({weight.row_offsets.data_ptr(), tensors[3].data_ptr(), back.row_offsets.data_ptr()}) == 3
+
+
+@pytest.mark.parametrize(("density", "layout"), [(0.05, "bitmap_windows"), (0.6, "bitmap_windows"), (0.7, "bitmap")])
+def test_dense_masks_stay_in_the_smaller_layout(density: float, layout: str):
+    if compiled.variant() != "avx2":
+        pytest.skip("another layout is preferred here")
+    problem = dispatch.problem_for(640, 512, "unstructured", 1, torch.bfloat16, density=density)
+    with dispatch.only("cpu"):
+        assert dispatch.choose_layout(problem) == layout
+    assert (cpu.WINDOWS.supports(problem) is None) == (layout == "bitmap_windows")
+
+
 @pytest.mark.parametrize("variant", [name for name, _ in compiled._cpu.variants()])
 def test_every_variant_prefers_what_suits_it(variant: str, tmp_path: Path):
     """In a process of its own: the order of the backends is settled when they are loaded."""
@@ -128,8 +164,7 @@ def test_every_variant_prefers_what_suits_it(variant: str, tmp_path: Path):
     )
     environment = os.environ | {compiled.VARIABLE: variant, "WANDAPP_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    small = variant in ("plain", "avx512_vbmi2")
-    assert done.stdout.strip() == ("bitmap" if small else "bitmap_windows")
+    assert done.stdout.strip() == ("bitmap_windows" if variant == "avx2" else "bitmap")
 
 
 def test_windows_and_bitmap_agree():

@@ -2,7 +2,8 @@
 // buffer is an allocation of its own, so that AddressSanitizer sees each byte read outside.
 //
 // A case: int64 format, type, tokens, rows, cols, finite, then six blobs (x, values, meta, offsets, bias, dense weight) and
-// two of doubles [tokens, rows]: the exact result and the largest error allowed (none where the result is infinite). A blob is an int64 size and its bytes.
+// two of doubles [tokens, rows]: the exact result and the largest error allowed (none where the result is infinite). A
+// blob is an int64 size and its bytes.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +15,7 @@
 #include "cpu_features.h"
 #include "linear.h"
 #include "types.h"
+#include "windows_packing.h"
 
 namespace {
 
@@ -62,6 +64,27 @@ bool decompresses(Variant variant, Format format, Type type, const Matrix& matri
   return good;
 }
 
+// Whether a weight of the bitmap format comes back from windows bit for bit.
+bool comes_back(Type type, const Matrix& matrix, const Blob& values, const Blob& meta) {
+  const int64_t blocks = (matrix.rows + 3) / 4;
+  const std::unique_ptr<int64_t[]> offsets(new int64_t[static_cast<size_t>(blocks + 1)]());
+  if (!count_windows(matrix, offsets.get() + 1, 3)) return false;
+  for (int64_t i = 0; i < blocks; ++i) offsets[static_cast<size_t>(i + 1)] += offsets[static_cast<size_t>(i)];
+  const size_t steps = static_cast<size_t>(offsets[static_cast<size_t>(blocks)]);
+  const std::unique_ptr<char[]> packed(new char[steps * 8 * static_cast<size_t>(element_size(type))]);
+  const std::unique_ptr<uint32_t[]> words(new uint32_t[steps]);
+  pack_windows(type, matrix, offsets.get(), packed.get(), words.get(), 3);
+  Matrix windows = matrix;
+  windows.values = packed.get();
+  windows.meta = words.get();
+  windows.offsets = offsets.get();
+  const std::unique_ptr<char[]> back(new char[static_cast<size_t>(values.size)]);
+  const std::unique_ptr<uint8_t[]> bitmap(new uint8_t[static_cast<size_t>(meta.size)]);
+  return unpack_windows(type, windows, matrix.offsets, back.get(), bitmap.get(), 3) &&
+         std::memcmp(back.get(), values.data.get(), static_cast<size_t>(values.size)) == 0 &&
+         std::memcmp(bitmap.get(), meta.data.get(), static_cast<size_t>(meta.size)) == 0;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -81,11 +104,18 @@ int main(int, char** arguments) {
     const bool finite = read_int(file) != 0;
     const Blob x = read_blob(file), values = read_blob(file), meta = read_blob(file), offsets = read_blob(file),
                bias = read_blob(file), dense = read_blob(file), exact = read_blob(file), allowed = read_blob(file);
+    const Matrix weight{values.data.get(), meta.data.get(), reinterpret_cast<const int64_t*>(offsets.data.get()),
+                        nullptr,           nullptr,         rows,
+                        cols};
+    if (format == Format::bitmap) {
+      ++runs;
+      if (!comes_back(type, weight, values, meta)) {
+        ++failures;
+        std::printf("windows, type %d: %ld x %ld does not come back\n", static_cast<int>(type), rows, cols);
+      }
+    }
     for (const auto& [name, variant] : variants) {
-      if (variant == Variant::avx2 && !has_avx2()) continue;
-      const Matrix weight{values.data.get(), meta.data.get(), reinterpret_cast<const int64_t*>(offsets.data.get()),
-                          nullptr,           nullptr,         rows,
-                          cols};
+      if (!has_avx2() && (variant == Variant::avx2 || format == Format::bitmap_windows)) continue;
       for (int64_t first = 0; first < rows; ++first) {
         const bool good = decompresses(variant, format, type, weight, dense.data.get(), first, rows, 1) &&
                           decompresses(variant, format, type, weight, dense.data.get(), 0, first + 1, 3);
@@ -112,7 +142,8 @@ int main(int, char** arguments) {
         for (int64_t i = 0; good && finite && i < tokens * rows; ++i) {
           const double want = reinterpret_cast<const double*>(exact.data.get())[i];
           const double error = std::abs(element(type, out.data(), i) - want);
-          good = std::isinf(want) || error <= reinterpret_cast<const double*>(allowed.data.get())[i];
+          good = std::isinf(want) ? element(type, out.data(), i) == want
+                                  : error <= reinterpret_cast<const double*>(allowed.data.get())[i];
         }
         if (!good) {
           ++failures;

@@ -81,6 +81,21 @@ def test_tuning_keeps_what_it_knows_and_counts(tmp_path: Path) -> None:
     assert len(fake.calls) > measured
 
 
+def test_a_new_backend_makes_old_measurements_incomplete() -> None:
+    old, new = Fake("a-nm", "nm"), Fake("b-nm", "nm")
+    add(old)
+    dispatch.tune([PROBLEM], seconds=0.0)
+    base.BACKENDS["c-nm"] = Fake("c-nm", "nm", reason="it does not take this")
+    calls = len(old.calls)
+    dispatch.tune([PROBLEM], seconds=0.0)
+    assert len(old.calls) == calls
+    base.BACKENDS["b-nm"] = new
+    with dispatch.frozen():
+        assert "b-nm" not in dispatch.tune([PROBLEM], seconds=0.0)[PROBLEM].times_us
+    assert "b-nm" in dispatch.tune([PROBLEM], seconds=0.0)[PROBLEM].times_us
+    assert len(old.calls) > calls and new.calls
+
+
 def test_frozen_measures_nothing_and_uses_what_is_known() -> None:
     fake = Fake("a-nm", "nm")
     add(fake)

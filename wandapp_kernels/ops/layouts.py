@@ -60,9 +60,9 @@ class Layout(ABC):
         return None
 
     def density(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None) -> float:
-        """The fraction of weights kept, from sizes alone (no value is read, so a GPU is not waited for).
+        """The fraction of weights kept, asked when a backend is chosen: measurements are looked up by it.
 
-        Override it where the first tensor holds much padding: measurements are looked up by this number.
+        From sizes alone, so that a GPU is not waited for; a layout whose first tensor holds much padding reads a number.
         """
         if pattern is not None:
             return pattern.n / pattern.m

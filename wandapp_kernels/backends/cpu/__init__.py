@@ -1,6 +1,7 @@
 """C++ kernels for the CPU: plain, AVX2, AVX-512; the best that the processor runs, asked when this is imported.
 
 ``WANDAPP_CPU_VARIANT`` (``plain``, ``avx2``, ``avx512``, ``avx512_bf16``, ``avx512_vbmi2``) forces one.
+``WANDAPP_CPU_AMX=1`` adds the AMX kernels, which have never run on hardware, to what is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ except ImportError as error:
 
 from wandapp_kernels.backends.base import register_backend
 from wandapp_kernels.backends.cpu.amx import amx_backends
-from wandapp_kernels.backends.cpu.backends import CpuDense, CpuLinear, CpuStrips
+from wandapp_kernels.backends.cpu.backends import CpuDense, CpuLinear, CpuStrips, CpuWindows
 from wandapp_kernels.backends.cpu.pairs import PairsLayout
 from wandapp_kernels.backends.cpu.windows import WindowsLayout
 from wandapp_kernels.ops.layouts import register_layout
@@ -32,12 +33,12 @@ NM_LAYOUT = "nm_pairs" if compiled.has_kernel("nm_pairs") and not compiled.has_k
 DENSE = CpuDense()
 NM = CpuLinear("cpu-nm", "nm_linear", NM_LAYOUT)
 BITMAP = CpuLinear("cpu-bitmap", "bitmap_linear", "bitmap")
-WINDOWS = CpuLinear("cpu-windows", "bitmap_linear", "bitmap_windows")
+WINDOWS = CpuWindows("cpu-windows", "bitmap_linear", "bitmap_windows")
 
-# Without a measurement the first is taken. Where a weight is spread by one fast instruction (vpexpandw), it is smaller
-# and about as fast; elsewhere permuting activations wins.
-_unstructured = [WINDOWS, BITMAP] if compiled.has_kernel("bitmap_windows") else [BITMAP]
-if compiled.variant() == "avx512_vbmi2":
+# Without a measurement the first is taken: windows where they were measured to win (bench/results/linear), else the
+# canonical weight, which is smaller.
+_unstructured = [BITMAP, WINDOWS] if compiled.has_kernel("bitmap_windows") else [BITMAP]
+if compiled.variant() == "avx2":
     _unstructured.reverse()
 
 for backend in (NM, *_unstructured):
@@ -56,6 +57,7 @@ __all__ = [
     "CpuDense",
     "CpuLinear",
     "CpuStrips",
+    "CpuWindows",
     "PairsLayout",
     "WindowsLayout",
     "compiled",

@@ -1,7 +1,11 @@
-"""The backends over the AMX kernels, where there are any."""
+"""The backends over the AMX kernels, where there are any and ``WANDAPP_CPU_AMX=1`` asks for them.
+
+Asked for, because they have never run on hardware: what a fault in them would end is the process.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +34,11 @@ class CpuAmx(CompiledBackend):
         return reason
 
 
+VARIABLE = "WANDAPP_CPU_AMX"
+
+
 def amx_backends(backends: Iterable[CompiledBackend]) -> list[CpuAmx]:
-    """One for each backend whose layout an AMX kernel of this machine reads."""
+    """One for each backend whose layout an AMX kernel of this machine reads; none unless they are asked for."""
+    if os.environ.get(VARIABLE) != "1":
+        return []
     return [CpuAmx(backend) for backend in backends if compiled.has_amx_kernel(backend.layout)]

@@ -74,6 +74,19 @@ class CpuLinear(CompiledBackend):
         return _reason(problem, self.operator)
 
 
+class CpuWindows(CpuLinear):
+    """The kernel of the layout ``bitmap_windows``, for weights that it does not make much larger."""
+
+    # Of a weight of which 60 % is kept the layout takes 0.83 of the dense bytes, at 70 % 0.93, at 80 % 1.04.
+    _MOST_KEPT = 60
+
+    def supports(self, problem: Problem) -> str | None:
+        reason = super().supports(problem)
+        if reason is None and problem.density_bucket > self._MOST_KEPT:
+            return f"its padding is not worth it where more than {self._MOST_KEPT} % of the weights are kept"
+        return reason
+
+
 class CpuStrips(Backend):
     """Decompress a strip of rows into scratch that fits the cache, multiply it with the dense library, next strip.
 
@@ -82,13 +95,14 @@ class CpuStrips(Backend):
     """
 
     def __init__(self, kernel: CpuLinear):
+        self._kernel = kernel
         self.name = f"{kernel.name}-strips"
         self.operator = kernel.operator
         self.layout = kernel.layout
         self.default_tokens = _UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
-        return _reason(problem, self.operator)
+        return self._kernel.supports(problem)
 
     def run(
         self,

@@ -228,17 +228,19 @@ def addresses(
         expected = [(dtype, rows * kept_columns), (torch.uint8, rows * -(-kept_columns // 4))]
     elif layout == "nm_pairs":
         expected = [(dtype, blocks * chunks * 32), (torch.int32, blocks * tiles * 16)]
-        _require_order(dtype, tensors[0].dim() == 5)
     elif layout == "bitmap_windows":
         steps = tensors[1].numel() if len(tensors) > 1 else 0
         blocks = -(-rows // WINDOW_ROWS)
         expected = [(dtype, steps * WINDOW_SLOTS), (torch.int32, steps), (torch.int64, blocks + 1)]
         expected.append((torch.int64, rows + 1))
-        _require_order(dtype, tensors[0].dim() == 3)
     else:
         expected = [(dtype, tensors[0].numel()), (torch.uint8, rows * -(-columns // 8)), (torch.int64, rows + 1)]
     if len(tensors) != len(expected):
         raise UsageError(f"layout {layout!r} has {len(expected)} tensors, not {len(tensors)}")
+    # The order of the values depends on the type they were packed in, and their number of dimensions tells it.
+    dimensions = {"nm_pairs": 5, "bitmap_windows": 3}.get(layout)
+    if dimensions is not None and (dtype == torch.bfloat16) != (tensors[0].dim() == dimensions):
+        raise UsageError("the type of a layer's values changed after they were packed: swap the layer again")
     kept, found = [], [0, 0, 0, 0]
     for i, (tensor, (kind, size)) in enumerate(zip(tensors, expected, strict=True)):
         if tensor.dtype != kind or tensor.numel() != size or tensor.device.type != "cpu":
@@ -251,41 +253,43 @@ def addresses(
         found[i] = tensor.data_ptr()
     if layout == "bitmap" and int(kept[2][-1]) != kept[0].numel():
         raise UsageError(f"row_offsets ends at {int(kept[2][-1])}, but there are {kept[0].numel()} values")
-    if layout == "bitmap_windows" and int(kept[2][-1]) != kept[1].numel():
-        raise UsageError(f"the last block ends at step {int(kept[2][-1])}, but there are {kept[1].numel()} steps")
+    if layout == "bitmap_windows":
+        first, last, steps = int(kept[2][0]), int(kept[2][-1]), kept[2].diff()
+        if first != 0 or last != kept[1].numel() or bool((steps < 0).any()) or bool((steps % 2 != 0).any()):
+            raise UsageError(
+                f"the blocks' first steps must ascend from 0 to {kept[1].numel()} by even numbers, but they go from "
+                f"{first} to {last}"
+            )
     return found[0], found[1], found[2], kept
-
-
-def _require_order(dtype: torch.dtype, side_by_side: bool) -> None:
-    """The order of the values depends on the type they were packed in, and their number of dimensions tells it."""
-    if (dtype == torch.bfloat16) != side_by_side:
-        raise UsageError("the type of a layer's values changed after they were packed: swap the layer again")
 
 
 def pack_windows(weight: BitmapWeight) -> list[torch.Tensor]:
     """The tensors of the layout ``bitmap_windows`` of a weight on the CPU, of a type in ``TYPES``."""
-    rows, columns = weight.shape
+    rows, _ = weight.shape
     dtype, threads = weight.values.dtype, torch.get_num_threads()
     bound = Bound("bitmap", (weight.values, weight.bitmap, weight.row_offsets), None, weight.shape, dtype)
     offsets = torch.zeros(-(-rows // WINDOW_ROWS) + 1, dtype=torch.int64, device="cpu")
-    bitmap = weight.bitmap.contiguous()
-    _cpu.count_windows(bitmap.data_ptr(), rows, columns, offsets[1:].data_ptr(), threads)
+    if not _cpu.count_windows(bound.native, offsets[1:].data_ptr(), threads):
+        raise UsageError(
+            "a row of the bitmap has another number of bits than row_offsets gives it: validate() names it"
+        )
     offsets.cumsum_(0)
     steps = int(offsets[-1])
     shape = (steps // 2, WINDOW_SLOTS, 2) if dtype == torch.bfloat16 else (steps, WINDOW_SLOTS)
     values = torch.empty(shape, dtype=dtype, device="cpu")
     words = torch.empty(steps, dtype=torch.int32, device="cpu")
     _cpu.pack_windows(bound.native, offsets.data_ptr(), values.data_ptr(), words.data_ptr(), threads)
-    return [values, words, offsets, weight.row_offsets]
+    return [values, words, offsets, weight.row_offsets.clone()]
 
 
 def unpack_windows(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> BitmapWeight:
     """The weight that `pack_windows` was given, bit for bit."""
     rows, columns = shape
     bound = Bound("bitmap_windows", tensors, None, shape, tensors[0].dtype)
-    row_offsets = tensors[3].contiguous()
-    values = torch.empty(int(row_offsets[-1]), dtype=bound.dtype, device="cpu")
+    row_offsets = tensors[3].clone(memory_format=torch.contiguous_format)
+    values = torch.empty(max(int(row_offsets[-1]), 0), dtype=bound.dtype, device="cpu")
     bitmap = torch.empty((rows, -(-columns // 8)), dtype=torch.uint8, device="cpu")
-    addresses = (row_offsets.data_ptr(), values.data_ptr(), bitmap.data_ptr())
-    _cpu.unpack_windows(bound.native, *addresses, torch.get_num_threads())
+    into = (row_offsets.data_ptr(), values.data_ptr(), bitmap.data_ptr())
+    if not _cpu.unpack_windows(bound.native, *into, torch.get_num_threads()):
+        raise UsageError("a row has another number of weights than row_offsets gives it: swap the layer again")
     return BitmapWeight(values, bitmap, row_offsets, shape)
