@@ -166,8 +166,8 @@ def tune(
 ) -> dict[Problem, Measurement]:
     """Measure every backend that can run each problem, dense always among them, and remember the times.
 
-    Problems that differ only in their tokens share one random weight. What was measured before is kept, unless a backend
-    has come since. Within :func:`frozen` nothing is measured.
+    Problems that differ only in their tokens share one random weight. What was measured before is kept, unless a
+    backend has come since. Within :func:`frozen` nothing is measured.
 
     Args:
         problems: each is measured at the upper end of its bucket of tokens; duplicates are measured once.

@@ -62,7 +62,7 @@ class Layout(ABC):
     def density(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None) -> float:
         """The fraction of weights kept, asked when a backend is chosen: measurements are looked up by it.
 
-        From sizes alone, so that a GPU is not waited for; a layout whose first tensor holds much padding reads a number.
+        From sizes alone, so that a GPU is not waited for; a layout with much padding reads one number.
         """
         if pattern is not None:
             return pattern.n / pattern.m

@@ -254,8 +254,8 @@ def addresses(
     if layout == "bitmap" and int(kept[2][-1]) != kept[0].numel():
         raise UsageError(f"row_offsets ends at {int(kept[2][-1])}, but there are {kept[0].numel()} values")
     if layout == "bitmap_windows":
-        first, last, steps = int(kept[2][0]), int(kept[2][-1]), kept[2].diff()
-        if first != 0 or last != kept[1].numel() or bool((steps < 0).any()) or bool((steps % 2 != 0).any()):
+        first, last, each = int(kept[2][0]), int(kept[2][-1]), kept[2].diff()
+        if first != 0 or last != kept[1].numel() or bool((each < 0).any()) or bool((each % 2 != 0).any()):
             raise UsageError(
                 f"the blocks' first steps must ascend from 0 to {kept[1].numel()} by even numbers, but they go from "
                 f"{first} to {last}"
