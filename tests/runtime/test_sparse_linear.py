@@ -225,6 +225,26 @@ def test_another_layout_computes_the_same_and_saves_the_same(monkeypatch: pytest
     assert torch.equal(sparse.weight, linear.weight.bfloat16())
 
 
+@pytest.mark.parametrize("form", ["2:4", "unstructured"])
+def test_every_layout_of_this_machine_behaves_alike(form: str) -> None:
+    linear, canonical = pair(form)
+    state, x = canonical.state_dict(), torch.randn(3, 16)
+    kept = canonical.compressed()
+    operator = get_layout(canonical.layout).operator
+    for name in [name for name in layouts_of(operator) if get_layout(name).supports(kept) is None]:
+        sparse = SparseLinear.from_linear(linear, form, layout=name)
+        assert sparse.layout == name and torch.equal(sparse.weight, linear.weight)
+        close(sparse(x), linear(x), 1e-5)
+        for key, tensor in sparse.state_dict().items():
+            assert torch.equal(tensor, state[key]), (name, key)
+        copied = copy.deepcopy(sparse).to(torch.bfloat16)
+        copied.load_state_dict(state)
+        assert torch.equal(copied.weight, linear.weight.bfloat16()), name
+        wide = copy.deepcopy(sparse).double()
+        assert torch.equal(wide.weight, linear.weight.double()), name
+        assert torch.equal(sparse.to_linear().weight, linear.weight), name
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_reach_the_input_and_the_bias_only(form: str) -> None:
     linear, sparse = pair(form)
