@@ -191,6 +191,8 @@ def test_what_does_not_fit_is_refused():
     refused("the blocks' first steps", tensors=[*windows[:2], windows[2] * 0, windows[3]], layout="bitmap_windows")
     refused("4 tensors", tensors=windows[:3], layout="bitmap_windows")
     refused("4 tensors", layout="bitmap_windows")
+    with pytest.raises(UsageError, match="no variant 'sse'"):
+        compiled.Bound("bitmap", case.tensors, None, shape, torch.bfloat16, variant="sse")
     with pytest.raises(UsageError, match="int8"):
         compiled.decompress("nm", [torch.zeros(8, 4, dtype=torch.int8), torch.zeros(8, 1, dtype=torch.uint8)], (8, 8))
 

@@ -117,7 +117,9 @@ class Bound:
         self.layout, self.dtype, self.shape = layout, dtype, shape
         self._copies = [tensor for tensor in kept if not any(tensor is one for one in given)]
         address = 0 if bias is None else bias.data_ptr()
-        kernels = _variant if variant is None else _cpu.Variant.__members__[variant]
+        kernels = _variant if variant is None else _cpu.Variant.__members__.get(variant)
+        if kernels is None:
+            raise UsageError(f"there is no variant {variant!r} (known: {', '.join(_cpu.Variant.__members__)})")
         self.native = _cpu.Bound(kernels, FORMATS[layout], TYPES[dtype], values, meta, offsets, address, *shape)
 
 
