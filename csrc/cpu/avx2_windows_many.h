@@ -10,8 +10,10 @@ namespace {
 
 // (Not inlined: in the loop over rows GCC would keep addresses, and then sums, on the stack.)
 template <class T, int V>
-[[gnu::noinline]] void windows_tokens(const T* values, const uint32_t* words, int64_t steps, const float* x, int64_t m,
-                                      int64_t count, int64_t r, int64_t rows, const Output<T>& output) {
+[[gnu::noinline]] void windows_tokens(const WindowsBlock<T>& block, const float* x, int64_t m, int64_t count,
+                                      int64_t rows, const Output<T>& output) {
+  const T* values = block.values;
+  const uint32_t* words = block.words;
   constexpr int kShift = V == 1 ? 5 : 6;  // log2 of a column's bytes
   __m256 acc[kWindowRows][V];
   for (auto& row : acc) {
@@ -19,7 +21,7 @@ template <class T, int V>
   }
   const char* window = reinterpret_cast<const char*>(x);
   alignas(32) float weights[kPair][kSlots];
-  for (int64_t s = 0; s < steps; s += kPair) {
+  for (int64_t s = 0; s < block.steps; s += kPair) {
     prefetch(values + s * kSlots);
     prefetch(words + s);
     const Chunk chunk = load(values + s * kSlots);
@@ -43,7 +45,7 @@ template <class T, int V>
       }
     }
   }
-  put_tokens(acc, m, count, r, rows, output);
+  put_tokens(acc, m, count, block.row, at_most(rows - block.row, kWindowRows), output);
 }
 
 template <class T>
@@ -51,11 +53,8 @@ void run_windows_many(const Matrix& matrix, const void* prepared, int64_t first_
                       int64_t last, void*) {
   const Output<T> output(matrix, first_token);
   for_groups(prepared, matrix.cols, tokens, [&](auto vectors, const float* x, int64_t m, int64_t count) {
-    for (int64_t r = first; r < last; r += kWindowRows) {
-      const int64_t begin = matrix.offsets[r / kWindowRows], steps = matrix.offsets[r / kWindowRows + 1] - begin;
-      windows_tokens<T, vectors>(static_cast<const T*>(matrix.values) + begin * kSlots,
-                                 static_cast<const uint32_t*>(matrix.meta) + begin, steps, x, m, count, r,
-                                 at_most(last - r, kWindowRows), output);
+    for (int64_t block = first / kWindowRows; block < ceil_div(last, kWindowRows); ++block) {
+      windows_tokens<T, vectors>(WindowsBlock<T>(matrix, block), x, m, count, last, output);
     }
   });
 }

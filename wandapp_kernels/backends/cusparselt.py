@@ -24,7 +24,7 @@ from wandapp_kernels.backends.cusparselt_products import (
     pad_tokens,
 )
 from wandapp_kernels.backends.dense import DecompressBackend
-from wandapp_kernels.errors import KernelError, UsageError
+from wandapp_kernels.errors import KernelError
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout, register_layout
 from wandapp_kernels.sparsity.nm_weight import NMWeight
 from wandapp_kernels.sparsity.pattern import Pattern
@@ -50,8 +50,7 @@ class _SemiStructuredLayout(Layout):
         return shape_refusal(weight.shape, self.multiples)
 
     def _dense(self, weight: CompressedWeight) -> torch.Tensor:
-        if (reason := self.supports(weight)) is not None:
-            raise UsageError(reason)
+        self.require(weight)
         return weight.decompress()
 
     def unpack(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None) -> NMWeight:

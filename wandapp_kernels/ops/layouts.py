@@ -59,6 +59,11 @@ class Layout(ABC):
         """None when :meth:`pack` can take ``weight``, else the reason in a sentence."""
         return None
 
+    def require(self, weight: CompressedWeight) -> None:
+        """Raises UsageError, with the reason of :meth:`supports`, for a weight that :meth:`pack` cannot take."""
+        if (reason := self.supports(weight)) is not None:
+            raise UsageError(f"layout {self.name!r} cannot take this weight: {reason}")
+
     def density(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], pattern: Pattern | None) -> float:
         """The fraction of weights kept, asked when a backend is chosen: measurements are looked up by it.
 

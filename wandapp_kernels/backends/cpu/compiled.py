@@ -72,6 +72,11 @@ def has_kernel(layout: str) -> bool:
     return _cpu.has_kernel(_variant, FORMATS[layout], _cpu.Type.bf16)
 
 
+def unheld(dtype: torch.dtype) -> str | None:
+    """Why the kernels' own layouts do not hold values of this type, or None."""
+    return None if dtype in TYPES else f"it holds bf16, fp16 and fp32, not {dtype}"
+
+
 def has_fast_bf16_gemm() -> bool:
     """Whether dense libraries multiply bf16 natively here (AMX-BF16, AVX512-BF16)."""
     return _cpu.has_fast_bf16_gemm()

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 
 from wandapp_kernels.backends.cpu import compiled
-from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout
 from wandapp_kernels.sparsity.nm_weight import NMWeight, kept_per_row
 from wandapp_kernels.sparsity.packing import as_bits, pack_fields, row_chunks
@@ -35,13 +34,10 @@ class PairsLayout(Layout):
     def supports(self, weight: CompressedWeight) -> str | None:
         if not isinstance(weight, NMWeight) or (weight.pattern.n, weight.pattern.m) != (2, 4):
             return "it holds 2:4 weights only"
-        if weight.values.dtype not in compiled.TYPES:
-            return f"it holds bf16, fp16 and fp32, not {weight.values.dtype}"
-        return None
+        return compiled.unheld(weight.values.dtype)
 
     def pack(self, weight: CompressedWeight) -> list[torch.Tensor]:
-        if (reason := self.supports(weight)) is not None:
-            raise UsageError(f"layout {self.name!r} cannot take this weight: {reason}")
+        self.require(weight)
         assert isinstance(weight, NMWeight)
         rows, columns = weight.shape
         blocks, chunks, tiles = _sizes(weight.shape)

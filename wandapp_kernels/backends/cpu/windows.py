@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import torch
 
 from wandapp_kernels.backends.cpu import compiled
-from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.pattern import Pattern
@@ -32,13 +31,10 @@ class WindowsLayout(Layout):
     def supports(self, weight: CompressedWeight) -> str | None:
         if not isinstance(weight, BitmapWeight):
             return "it holds unstructured weights only"
-        if weight.values.dtype not in compiled.TYPES:
-            return f"it holds bf16, fp16 and fp32, not {weight.values.dtype}"
-        return None
+        return compiled.unheld(weight.values.dtype)
 
     def pack(self, weight: CompressedWeight) -> list[torch.Tensor]:
-        if (reason := self.supports(weight)) is not None:
-            raise UsageError(f"layout {self.name!r} cannot take this weight: {reason}")
+        self.require(weight)
         assert isinstance(weight, BitmapWeight)
         packed = compiled.pack_windows(weight.to("cpu"))
         return [tensor.to(weight.values.device) for tensor in packed]

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from wandapp_kernels.errors import SparsityError, UsageError
+from wandapp_kernels.errors import SparsityError
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout, register_layout
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.packing import as_bits, row_chunks, true_places
@@ -86,8 +86,7 @@ class BitmapMmaLayout(Layout):
         return None
 
     def pack(self, weight: CompressedWeight) -> list[torch.Tensor]:
-        if (reason := self.supports(weight)) is not None:
-            raise UsageError(f"layout {self.name!r} cannot hold this weight: {reason}")
+        self.require(weight)
         assert isinstance(weight, BitmapWeight)
         # Here, where every weight comes in: kernels follow the offsets, and a launch must not wait to look at them.
         if (last := int(weight.row_offsets[-1])) != len(weight.values):

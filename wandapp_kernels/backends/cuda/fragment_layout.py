@@ -21,7 +21,6 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout, register_layout
 from wandapp_kernels.sparsity.nm_weight import NMWeight, kept_per_row
 from wandapp_kernels.sparsity.packing import as_bits, pack_fields, packed_bytes
@@ -63,8 +62,7 @@ class FragmentLayout(Layout):
 
     def pack(self, weight: CompressedWeight) -> list[torch.Tensor]:
         """``[values, metadata]``, contiguous. Raises UsageError when the weight is not 2:4 of 16 bits."""
-        if (reason := self.supports(weight)) is not None:
-            raise UsageError(reason)
+        self.require(weight)
         assert isinstance(weight, NMWeight)
         if (kernels := _kernels(weight.values)) is not None:
             return kernels.pack(weight)
