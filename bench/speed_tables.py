@@ -80,7 +80,8 @@ def _linear_conditions(result: dict[str, Any]) -> str:
     return (
         f"{result['device']}{threads}{kernels}, {result['rows'][0]['dtype']}; medians, all candidates in turn, "
         f"random weights (seed 0) colder than the last-level cache; a copy reaches {result['copy_gb_per_s']:g} GB/s; "
-        f"{versions}; {result['date']}. The ceiling is dense by compressed bytes; above it, dense does not saturate memory."
+        f"{versions}; {result['date']}. The ceiling is dense by compressed bytes; above it, dense does not saturate "
+        "memory."
     )
 
 
