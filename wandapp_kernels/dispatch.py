@@ -25,23 +25,30 @@ from wandapp_kernels.backends import (
     Backend,
     Call,
     DecompressBackend,
+    Held,
     Problem,
     UnusableError,
     backends_of,
     choices_changed,
     density_bucket,
+    epoch,
     layouts_of,
     load_backends,
+    marks_of,
     token_bucket,
 )
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CANONICAL, get_layout
-from wandapp_kernels.ops.running import parse_pattern, set_runner
+from wandapp_kernels.ops.running import Weight, parse_pattern, set_runner, set_together_runner
 from wandapp_kernels.tuning.measure import SampleWeight, measure, sample_weight
 from wandapp_kernels.tuning.store import Measurement, Store
 
 _stores: dict[str, Store] = {}
 _memo: dict[tuple[Any, ...], Backend] = {}
+_calls: dict[tuple[Any, ...], Call] = {}
+_calls_epoch = -1
+# Of weights that are gone nothing is known; a large model has a thousand, each at a few numbers of tokens.
+_MOST_CALLS = 1 << 14
 _frozen = False
 _family: str | None = None
 
@@ -308,6 +315,40 @@ def run(
         return DecompressBackend(layout).run(x, tensors, bias, (out_features, in_features), parse_pattern(pattern))
 
 
+def run_together(
+    x: torch.Tensor, weights: Sequence[Weight], in_features: int, pattern: str, layout: str
+) -> list[torch.Tensor]:
+    """The runner under `ops.linears` (``ops.running.TogetherRunner``): calls are kept, as layers keep theirs."""
+    calls = [
+        (_kept_call(x, (tensors, bias), (rows, in_features), pattern, layout), (tensors, bias))
+        for tensors, bias, rows in weights
+    ]
+    (first, held), *others = calls
+    if others and first.kind is not None and all(call.kind == first.kind for call, _ in others):
+        return first.run_together(x, others, held)
+    return [call(x, its) for call, its in calls]
+
+
+def _kept_call(x: torch.Tensor, held: Held, shape: tuple[int, int], pattern: str, layout: str) -> Call:
+    global _calls_epoch
+    if _calls_epoch != epoch() or len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+        _calls_epoch = epoch()
+    tensors, bias = held
+    bucket = (x.numel() // shape[1] - 1).bit_length()
+    key = (layout, pattern, shape, bucket, torch.get_num_threads(), *marks_of(held))
+    call = _calls.get(key)
+    if call is None:
+        if layout == DENSE:
+            problem = problem_for(*shape, DENSE, x.numel() // shape[1], x.dtype, x.device)
+            call = choose_dense(problem).bind(tensors, bias, shape, None)
+        else:
+            call = bind(x, tensors, bias, shape, pattern, layout)
+        if all(tensor.is_contiguous() for tensor in (*tensors, *(() if bias is None else (bias,)))):
+            _calls[key] = call
+    return call
+
+
 def _decide(
     x: torch.Tensor, tensors: Sequence[torch.Tensor], out_features: int, in_features: int, pattern: str, layout: str
 ) -> Backend:
@@ -363,3 +404,4 @@ def _require_here(problem: Problem) -> None:
 
 
 set_runner(run)
+set_together_runner(run_together)

@@ -32,4 +32,4 @@ class SparsityError(WandappError):
 
 
 class KernelError(WandappError):
-    """A GPU kernel cannot be compiled, loaded or launched with what it was given."""
+    """A GPU kernel, or a model's decode step, cannot be compiled, loaded or launched with what it was given."""

@@ -46,6 +46,11 @@ def test_every_backend_writes_the_same_text(folders: dict[str, Path], tmp_path: 
         figures[key] = json.loads((tmp_path / "f.json").read_text())
         assert printed.err == "" and "tokens/s" in printed.out and "resident" in printed.out
     assert len(set(texts.values())) == 1 and len({str(f["tokens"]) for f in figures.values()}) == 1
+    assert main(["generate", str(folders["small"]), *PROMPT, "--compile", "--json", str(tmp_path / "f.json")]) == 0
+    printed, compiled = capsys.readouterr(), json.loads((tmp_path / "f.json").read_text())
+    assert printed.err == "compiling the decode step\n" and "auto backend, compiled, " in printed.out
+    assert compiled["compiled"] and compiled["tokens"] == figures["small", "--backend", "auto"]["tokens"]
+    assert not any(found["compiled"] for found in figures.values())
     tokenizer = wk.load("glass-0.9m").tokenizer
     found = figures["dense", "--backend", "auto"]
     assert texts["small", "--cache", "static"] == tokenizer.decode(found["tokens"], skip_special_tokens=True)
@@ -78,6 +83,7 @@ def test_wrong_requests(folders: dict[str, Path], tmp_path: Path, capsys) -> Non
         (["--prompt", ""], 2, "--prompt is empty"),
         (["--prompt", "The king", "--max-new-tokens", "0"], 2, "must be 1"),
         (["--prompt", "The king", "--max-new-tokens", "500"], 2, "must be 1 to 125"),
+        (["--prompt", "The king", "--cache", "dynamic", "--compile"], 2, "needs a cache of fixed size"),
     ):
         assert main(["generate", folder, *options]) == code
         assert message in capsys.readouterr().err

@@ -17,6 +17,7 @@ from wandapp_kernels.backends.base import (
     choices_changed,
     density_bucket,
     epoch,
+    marks_of,
     register_backend,
     token_bucket,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "epoch",
     "layouts_of",
     "load_backends",
+    "marks_of",
     "register_backend",
     "token_bucket",
 ]

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from wandapp_kernels.errors import KernelError, UsageError
+from wandapp_kernels.ops.layouts import DENSE as DENSE
 from wandapp_kernels.sparsity.pattern import Pattern
 
 UNSTRUCTURED = "unstructured"
 
-# Operator, pattern and layout of a weight that is not compressed.
+# The operator of a weight that is not compressed; DENSE is its layout and its pattern.
 DENSE_OPERATOR = "linear"
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,18 @@ class Call:
     def run_together(self, x: torch.Tensor, others: Sequence[tuple[Call, Held]], held: Held) -> list[torch.Tensor]:
         """What this one and the others, all of its kind, make of x."""
         return [self(x, held), *(call(x, of_it) for call, of_it in others)]
+
+
+def marks_of(held: Held) -> list[Hashable]:
+    """What a call depends on: two lists are equal only if every tensor lies where it lay, as it lay.
+
+    Calls are only made for contiguous tensors, and an address belongs to one device.
+    """
+    tensors, bias = held
+    marks: list[Hashable] = [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]
+    if bias is not None:
+        marks.append((bias.data_ptr(), bias.shape, bias.dtype, bias.is_contiguous()))
+    return marks
 
 
 _epoch = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,9 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--new-tokens", type=int, default=16, help="decoded in every run (default: %(default)s)")
     command.add_argument("--rounds", type=int, default=3, help="rounds, of which the median (default: %(default)s)")
     command.add_argument("--tune", action="store_true", help="measure the kernels for this model's shapes first")
+    command.add_argument(
+        "--compile", action="store_true", help="each form also with its decode step compiled; minutes more"
+    )
     command.add_argument("--no-memory", action="store_true", help="leave memory out: it needs a process for every form")
     command.add_argument("--report", type=Path, metavar="DIR", help="add the result to the report compare wrote there")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -94,6 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
             result["memory"][f"{kind} {dtype}"] = asdict(used)
         contenders = [_contender(kind, dtype, dense, compressed, arguments.tune) for kind, dtype in forms]
         result["layers"] = {contender.name: contender.prepared.layers for contender in contenders}
+        if arguments.compile:
+            contenders += [replace(one, name=f"{one.name} compiled", compiled=True) for one in contenders]
         settings = [(prompts[0], batch) for batch in batches] + [(length, batches[0]) for length in prompts[1:]]
         speeds = measure_speed(
             contenders,
@@ -105,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         display.close()
         result["speed"] = [asdict(speed) for speed in speeds]
-        result["same_tokens"] = _same_tokens(result["speed"], dtypes)
+        result["same_tokens"] = _same_tokens(result["speed"])
         result["texts"] = _texts(tokenizer, ids[prompts[0]], result["speed"])
     result["command"] = arguments.command_line
     print(runtime_tables(result))
@@ -191,18 +196,14 @@ def _texts(tokenizer: Any, prompt: torch.Tensor, speeds: list[dict[str, Any]]) -
     return {"prompt": tokenizer.decode(prompt[0].tolist()), **texts}
 
 
-def _same_tokens(speeds: list[dict[str, Any]], dtypes: list[str]) -> list[dict[str, Any]]:
-    """How far the output of the sparse model equals that of the dense model of the same type."""
+def _same_tokens(speeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far the output of the sparse model equals that of the dense model that runs the same way."""
+    pairs: dict[tuple[str, int, int], dict[str, list[list[int]]]] = {}
+    for speed in speeds:
+        kind, _, way = speed["name"].partition(" ")
+        pairs.setdefault((way, speed["prompt"], speed["batch"]), {})[kind] = speed["tokens"]
     found = []
-    for dtype in dtypes:
-        pairs: dict[tuple[int, int], dict[str, list[list[int]]]] = {}
-        for speed in speeds:
-            kind, _, own = speed["name"].partition(" ")
-            if own == dtype:
-                pairs.setdefault((speed["prompt"], speed["batch"]), {})[kind] = speed["tokens"]
-        for (prompt, batch), tokens in pairs.items():
-            same = common_prefix(tokens["dense"][0], tokens["sparse"][0])
-            found.append(
-                {"dtype": dtype, "prompt": prompt, "batch": batch, "same": same, "of": len(tokens["dense"][0])}
-            )
+    for (way, prompt, batch), tokens in pairs.items():
+        same = common_prefix(tokens["dense"][0], tokens["sparse"][0])
+        found.append({"dtype": way, "prompt": prompt, "batch": batch, "same": same, "of": len(tokens["dense"][0])})
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from wandapp_kernels.evaluation.perplexity import context_length
 from wandapp_kernels.models.bundled import quiet_transformers
 from wandapp_kernels.models.load import LoadedModel, load_model
 from wandapp_kernels.report.tables import human_bytes, human_seconds, number
-from wandapp_kernels.runtime.generation import generate_timed
+from wandapp_kernels.runtime.generation import compile_decode, generate_timed
 from wandapp_kernels.runtime.memory import peak_bytes, resident_bytes
 from wandapp_kernels.runtime.prepare import BACKEND_CHOICES, prepare, weight_bytes
 
@@ -32,7 +33,12 @@ def add(command: argparse.ArgumentParser) -> None:
         choices=BACKEND_CHOICES,
         help="auto: sparse layers, the fastest kernel for each; dense: zeros multiplied; cpu, reference: only that one",
     )
-    command.add_argument("--cache", default="dynamic", choices=("dynamic", "static"), help="key/value cache")
+    command.add_argument(
+        "--cache", choices=("dynamic", "static"), help="key/value cache (default: dynamic; static with --compile)"
+    )
+    command.add_argument(
+        "--compile", action="store_true", help="compile the decode step first, which takes a minute or more"
+    )
     command.add_argument("--tune", action="store_true", help="measure the kernels for this model's shapes first")
     command.add_argument("--dtype", default="auto", help="load weights as float32, bfloat16, … (default: as stored)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -40,18 +46,29 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, swap, generate."""
+    if arguments.compile and arguments.cache == "dynamic":
+        raise UsageError("--compile needs a cache of fixed size; leave --cache dynamic out")
     loaded = load_model(arguments.model, dtype=arguments.dtype)
     ids = _prompt(arguments, loaded)
     prepared = prepare(loaded.model, arguments.backend, tune=arguments.tune)
     printer = _Printer(loaded.tokenizer)
     with quiet_transformers(), prepared.running():
+        if arguments.compile:
+            print("compiling the decode step", file=sys.stderr)
+            compile_decode(loaded.model, ids, arguments.max_new_tokens)
         done = generate_timed(
-            loaded.model, ids, arguments.max_new_tokens, cache=arguments.cache, on_token=lambda token: printer(token)
+            loaded.model,
+            ids,
+            arguments.max_new_tokens,
+            cache=arguments.cache,
+            compiled=arguments.compile,
+            on_token=lambda token: printer(token),
         )
     printer.close()
     found = {
         "model": arguments.model,
         "backend": arguments.backend,
+        "compiled": arguments.compile,
         "layers": prepared.layers,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -65,8 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
         "peak_bytes": peak_bytes(),
     }
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    how = f"{arguments.backend} backend{', compiled' * arguments.compile}"
     print(
-        f"\n{found['dtype']}, {prepared.layers}, {arguments.backend} backend, {threads}\n"
+        f"\n{found['dtype']}, {prepared.layers}, {how}, {threads}\n"
         f"{ids.shape[1]} prompt tokens, first token after {human_seconds(done.ttft)}; "
         f"{done.tokens.shape[1]} new tokens, {number(done.tokens_per_second)} tokens/s\n"
         f"memory: weights {human_bytes(found['weight_bytes'])}, resident {human_bytes(found['resident_bytes'])}, "

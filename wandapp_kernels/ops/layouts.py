@@ -108,6 +108,9 @@ class BitmapLayout(Layout):
         return BitmapWeight(values, bitmap, row_offsets, shape)
 
 
+# A weight that is not compressed: [N, K] is its only tensor. Not among LAYOUTS.
+DENSE = "dense"
+
 LAYOUTS: dict[str, Layout] = {}
 
 # The layout whose tensors are the saved weight itself, by operator.

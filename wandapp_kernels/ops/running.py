@@ -10,11 +10,16 @@ from functools import lru_cache
 
 import torch
 
-from wandapp_kernels.ops.layouts import get_layout
+from wandapp_kernels.ops.layouts import DENSE, get_layout
 from wandapp_kernels.sparsity.pattern import Pattern
 
 # x [M, K] contiguous, tensors, bias, N, K, pattern ("" when unstructured), layout -> [M, N]
 Runner = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None, int, int, str, str], torch.Tensor]
+
+# The tensors of a weight, its bias and N.
+Weight = tuple[Sequence[torch.Tensor], torch.Tensor | None, int]
+# x [..., K] contiguous, with one row or more; weights with N ≥ 1; K, pattern, layout -> one [..., N] each
+TogetherRunner = Callable[[torch.Tensor, Sequence[Weight], int, str, str], list[torch.Tensor]]
 
 
 @lru_cache(maxsize=64)
@@ -50,7 +55,20 @@ def run_reference(
     return reference_linear(x, get_layout(layout).decompress(tensors, shape, parse_pattern(pattern)), bias)
 
 
+def run_together_reference(
+    x: torch.Tensor, weights: Sequence[Weight], in_features: int, pattern: str, layout: str
+) -> list[torch.Tensor]:
+    """The runner for several weights that works for every layout: one after the other, with `run`."""
+    return [
+        reference_linear(x, tensors[0], bias)
+        if layout == DENSE
+        else run(x, tensors, bias, rows, in_features, pattern, layout)
+        for tensors, bias, rows in weights
+    ]
+
+
 _runner: Runner = run_reference
+_together: TogetherRunner = run_together_reference
 
 
 def set_runner(runner: Runner) -> Runner:
@@ -58,6 +76,22 @@ def set_runner(runner: Runner) -> Runner:
     global _runner
     previous, _runner = _runner, runner
     return previous
+
+
+def set_together_runner(runner: TogetherRunner) -> TogetherRunner:
+    """Let ``runner`` run `linears` from now on. Returns the one it replaces."""
+    global _together
+    previous, _together = _together, runner
+    return previous
+
+
+def run_together(
+    x: torch.Tensor, weights: Sequence[Weight], in_features: int, pattern: str, layout: str
+) -> list[torch.Tensor]:
+    """Run several weights on one input with the installed runner: as `run`, and layout ``"dense"`` too."""
+    if x.numel() and all(rows for _, _, rows in weights):
+        return _together(x.contiguous(), weights, in_features, pattern, layout)
+    return run_together_reference(x, weights, in_features, pattern, layout)
 
 
 def run(

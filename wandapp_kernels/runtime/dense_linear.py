@@ -9,13 +9,15 @@ from torch import nn
 
 from wandapp_kernels import dispatch
 from wandapp_kernels.backends import DENSE, Call
+from wandapp_kernels.ops.linears import linears, traced_without_gradients
 from wandapp_kernels.runtime.kernel_linear import KernelLinear
 
 
 class DenseLinear(KernelLinear):
     """An ``nn.Linear`` that lets dispatch choose the product; the Parameters are the original's, tied ones stay tied.
 
-    Tracing, modes, transforms, gradients and autocast get ``nn.functional.linear``. Made by `use_dense_kernels`, which
+    Tracing, modes, transforms, gradients and autocast get ``nn.functional.linear``; but what ``torch.compile`` makes of
+    a 16-bit layer on the CPU, without gradients, calls the kernel (`ops.linears`). Made by `use_dense_kernels`, which
     changes the class of a layer in place.
     """
 
@@ -25,6 +27,9 @@ class DenseLinear(KernelLinear):
             y = self._run_kernel(input)
             if y is not None:
                 return y
+            # At 32 bit dispatch takes torch's product, which the compiler can fuse, unless it measured otherwise.
+            if weight.dtype.itemsize == 2 and traced_without_gradients(input, weight):
+                return linears(input, [([weight], self.bias, self.out_features)], self.in_features, "", DENSE)[0]
         return super().forward(input)
 
     def _weight_tensors(self) -> Sequence[torch.Tensor]:

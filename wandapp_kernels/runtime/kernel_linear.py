@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import nn
 
-from wandapp_kernels.backends import Call, Held, epoch
+from wandapp_kernels.backends import Call, Held, epoch, marks_of
 from wandapp_kernels.ops.operator import is_plain
 from wandapp_kernels.runtime import shared_input
 
@@ -37,7 +37,7 @@ class KernelLinear(nn.Linear):
         held = self.held()
         if not is_plain(x, held[1]) or not self._takes(x, held):
             return None
-        marks = _marks(held)
+        marks = marks_of(held)
         if (ahead := shared_input.take(self, x, held, marks)) is not None:
             return ahead
         given = x
@@ -78,7 +78,7 @@ class KernelLinear(nn.Linear):
         learning = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, bias) if t is not None)
         if learning or not self._takes(x, held):
             return None
-        marks = _marks(held)
+        marks = marks_of(held)
         call = self._call(x, held, marks)
         return None if call is None else (call, held, marks)
 
@@ -94,18 +94,6 @@ class KernelLinear(nn.Linear):
         """Let go of everything that was found out about calling the kernel; it is found out again."""
         self.__dict__.pop(_CALLS, None)
         self.__dict__.pop(_FOLLOWERS, None)
-
-
-def _marks(held: Held) -> list[Hashable]:
-    """What a call depends on: two lists are equal only if every tensor lies where it lay, as it lay.
-
-    Calls are only made for contiguous tensors, and an address belongs to one device.
-    """
-    tensors, bias = held
-    marks: list[Hashable] = [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]
-    if bias is not None:
-        marks.append((bias.data_ptr(), bias.shape, bias.dtype, bias.is_contiguous()))
-    return marks
 
 
 class _KnownCalls:

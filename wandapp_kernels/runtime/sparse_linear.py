@@ -24,6 +24,7 @@ from wandapp_kernels.checkpoint.format import (
 from wandapp_kernels.errors import NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.ops import bitmap_linear, nm_linear
 from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
+from wandapp_kernels.ops.linears import linears, traced_without_gradients
 from wandapp_kernels.runtime.kernel_linear import KernelLinear
 from wandapp_kernels.sparsity import Pattern
 
@@ -167,6 +168,10 @@ class SparseLinear(KernelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (y := self._run_kernel(x)) is not None:
             return y
+        if traced_without_gradients(x, self._tensors()[0]):
+            pattern = "" if self.pattern == UNSTRUCTURED else self.pattern
+            weight = (self._tensors(), self.bias, self.out_features)
+            return linears(x, [weight], self.in_features, pattern, self._layout)[0]
         if self.pattern == UNSTRUCTURED:
             return bitmap_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self._layout)
         return nm_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self.pattern, self._layout)

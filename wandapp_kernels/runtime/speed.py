@@ -9,17 +9,31 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from wandapp_kernels.runtime.generation import Generation, generate_timed
+from wandapp_kernels.runtime.generation import Generation, compile_decode, generate_timed
 from wandapp_kernels.runtime.prepare import Prepared
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One form of the model: its name, the model itself, and how it runs (`prepare`)."""
+    """One form of the model: its name, the model itself, how it runs (`prepare`), and whether it decodes compiled."""
 
     name: str
     model: PreTrainedModel
     prepared: Prepared
+    compiled: bool = False
+
+    def generate(self, ids: torch.Tensor, new_tokens: int) -> Generation:
+        """A counted run."""
+        with self.prepared.running():
+            return generate_timed(self.model, ids, new_tokens, compiled=self.compiled, stop=False)
+
+    def warm_up(self, ids: torch.Tensor, new_tokens: int) -> None:
+        """What `generate` does only the first time."""
+        with self.prepared.running():
+            if self.compiled:
+                compile_decode(self.model, ids, new_tokens)
+            else:
+                generate_timed(self.model, ids, 2, stop=False)
 
 
 @dataclass(frozen=True)
@@ -70,11 +84,14 @@ def measure_speed(
         for round_ in range(rounds + 1):
             for turn in range(len(contenders)):
                 contender = contenders[(round_ + turn) % len(contenders)]
-                with contender.prepared.running():
-                    length = new_tokens if round_ else 2
-                    runs[contender.name].append(generate_timed(contender.model, ids, length, stop=False))
+                if round_:
+                    runs[contender.name].append(contender.generate(ids, new_tokens))
+                else:
+                    contender.warm_up(ids, new_tokens)
             progress(position * (rounds + 1) + round_ + 1, total)
-        for name, (_, *counted) in runs.items():
+        if any(contender.compiled for contender in contenders):
+            torch.compiler.reset()  # a function is compiled a few times, then it runs as it is
+        for name, counted in runs.items():
             figures = (
                 median(run.ttft for run in counted),
                 median(run.tokens_per_second or 0.0 for run in counted),

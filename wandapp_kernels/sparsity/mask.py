@@ -63,7 +63,7 @@ def _nm_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
         beaten_by[j] += earlier_wins.sum(0, dtype=torch.int8)
         beaten_by[:j] += ~earlier_wins
     kept = torch.stack((beaten_by < n).unbind(), 1)
-    return kept.reshape(rows, -1)[:, :columns].contiguous()
+    return kept.reshape(rows, columns + padding)[:, :columns].contiguous()
 
 
 def satisfies(mask: torch.Tensor, pattern: Pattern) -> bool:

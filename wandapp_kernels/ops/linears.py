@@ -1,0 +1,102 @@
+"""``wandapp::linears``: several linears on one input, without gradients. What compiled models call on the CPU.
+
+``out[i] = x @ W[i]ᵀ + bias[i]`` with all ``W[i] [out_features[i], in_features]`` in one layout and type. The operators
+of one weight (`nm_linear`, `bitmap_linear`) also know gradients and autocast, and that costs every call as much as a
+small linear; a graph of a decode step needs neither, and has q, k and v, or gate and up, on the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from wandapp_kernels.errors import UsageError
+from wandapp_kernels.ops.operator import check_linear
+from wandapp_kernels.ops.running import Weight, run_together
+
+torch.library.define(
+    "wandapp::linears",
+    "(Tensor x, Tensor[] tensors, Tensor?[] biases, SymInt[] out_features, SymInt in_features, str pattern, "
+    "str layout) -> Tensor[]",
+)
+
+
+def _weights(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out_features: Sequence[int],
+    in_features: int,
+) -> list[Weight]:
+    each, left = divmod(len(tensors), max(len(out_features), 1))
+    if left or not each or len(biases) != len(out_features):
+        raise UsageError(
+            f"linears: {len(tensors)} tensors and {len(biases)} biases cannot be those of {len(out_features)} weights"
+        )
+    weights: list[Weight] = []
+    for i, rows in enumerate(out_features):
+        own = tensors[i * each : (i + 1) * each]
+        check_linear("linears", x, own, biases[i], rows, in_features)
+        if own[0].dtype != x.dtype:
+            raise UsageError(f"linears: x is {x.dtype}, but the weight is {own[0].dtype}")
+        weights.append((own, biases[i], rows))
+    return weights
+
+
+@torch.library.impl("wandapp::linears", "CPU")
+def _linears(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out_features: Sequence[int],
+    in_features: int,
+    pattern: str,
+    layout: str,
+) -> list[torch.Tensor]:
+    weights = _weights(x, tensors, biases, out_features, in_features)
+    return run_together(x, weights, in_features, pattern, layout)
+
+
+@torch.library.register_fake("wandapp::linears")
+def _shapes(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out_features: Sequence[int],
+    in_features: int,
+    pattern: str,
+    layout: str,
+) -> list[torch.Tensor]:
+    _weights(x, tensors, biases, out_features, in_features)
+    return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
+
+
+def linears(
+    x: torch.Tensor, weights: Sequence[Weight], in_features: int, pattern: str, layout: str
+) -> list[torch.Tensor]:
+    """``x @ Wᵀ + bias`` of several weights, with the kernel that dispatch chooses, in one call where it can.
+
+    Args:
+        x: ``[..., in_features]`` on the CPU, floating, any strides.
+        weights: of each its tensors in ``layout``, the first in x's type; its bias ``[N]`` or None; N.
+        in_features: K, of all weights.
+        pattern: n:m; ``""`` for unstructured and dense weights.
+        layout: a name of ``ops.layouts.LAYOUTS``, or ``"dense"``: the tensor is the weight ``[N, K]``.
+
+    Returns:
+        One ``[..., N]`` for each weight, in x's type. No gradient flows through it.
+
+    Raises:
+        UsageError: x, weights and biases do not fit together.
+    """
+    tensors = [tensor for own, _, _ in weights for tensor in own]
+    biases, rows = [bias for _, bias, _ in weights], [rows for _, _, rows in weights]
+    return torch.ops.wandapp.linears.default(x, tensors, biases, rows, in_features, pattern, layout)
+
+
+def traced_without_gradients(x: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether a model being compiled may call `linears` here: on the CPU, no gradients, no autocast, one type."""
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.is_cpu and values.is_cpu and x.dtype == values.dtype and x.is_floating_point()
