@@ -42,6 +42,19 @@ def test_it_stops_at_the_end_of_text_unless_told_not_to() -> None:
     assert generate_timed(model, ids, 1).tokens_per_second is None
 
 
+def test_the_models_own_settings_change_nothing() -> None:
+    model, ids = tiny_model("llama"), token_ids(1, 5)
+    expected = generate_timed(model, ids, 8, stop=False).tokens
+    own = model.generation_config
+    own.update(num_beams=3, num_return_sequences=2, do_sample=True, temperature=3.0, repetition_penalty=1e4)
+    own.update(suppress_tokens=expected[0].tolist(), forced_eos_token_id=1)
+    assert torch.equal(generate_timed(model, ids, 8, stop=False).tokens, expected)
+    assert model.generation_config is own and own.num_beams == 3
+    with pytest.raises(TypeError):
+        generate_timed(model, ids, 8, on_token=None)  # type: ignore[arg-type]
+    assert model.generation_config is own
+
+
 def test_wrong_requests() -> None:
     model = tiny_model("llama")
     for ids, new, cache in ((torch.ones(3), 1, "dynamic"), (token_ids(1, 3), 0, "dynamic"), (token_ids(1, 3), 1, "x")):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -62,7 +63,7 @@ def generate_timed(
     stop: bool = True,
     on_token: Callable[[torch.Tensor], None] = lambda _token: None,
 ) -> Generation:
-    """``model.generate`` without sampling, with a clock.
+    """``model.generate``, always the most likely token whatever the model's own generation settings say, with a clock.
 
     Args:
         ids: int64 ``[batch, prompt]``, no padding.
@@ -136,7 +137,7 @@ def _generate(
         disable_compile=not compiled,
         compile_config=compile_config(model.device) if compiled else None,
     )
-    with torch.no_grad():
+    with torch.no_grad(), _without_own_settings(model):
         clock.note()
         output = model.generate(  # type: ignore[operator]
             ids,
@@ -149,6 +150,17 @@ def _generate(
     ttft, *rest = (after - before for before, after in pairwise(clock.times))
     cpu_ttft, *cpu_rest = (after - before for before, after in pairwise(clock.cpu_times))
     return Generation(output[:, ids.shape[1] :].cpu(), ttft, tuple(rest), cpu_ttft, tuple(cpu_rest))
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """transformers fills what a configuration leaves open from the model's own: penalties, beams, forbidden words."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _AfterSteps(StoppingCriteria):
