@@ -46,7 +46,6 @@ from wandapp_kernels.tuning.store import Measurement, Store
 _stores: dict[str, Store] = {}
 _memo: dict[tuple[Any, ...], Backend] = {}
 _calls: dict[tuple[Any, ...], Call] = {}
-_calls_epoch = -1
 # Of weights that are gone nothing is known; a large model has a thousand, each at a few numbers of tokens.
 _MOST_CALLS = 1 << 14
 _frozen = False
@@ -330,13 +329,11 @@ def run_together(
 
 
 def _kept_call(x: torch.Tensor, held: Held, shape: tuple[int, int], pattern: str, layout: str) -> Call:
-    global _calls_epoch
-    if _calls_epoch != epoch() or len(_calls) >= _MOST_CALLS:
+    if len(_calls) >= _MOST_CALLS:
         _calls.clear()
-        _calls_epoch = epoch()
     tensors, bias = held
     bucket = (x.numel() // shape[1] - 1).bit_length()
-    key = (layout, pattern, shape, bucket, torch.get_num_threads(), *marks_of(held))
+    key = (epoch(), layout, pattern, shape, bucket, torch.get_num_threads(), *marks_of(held))
     call = _calls.get(key)
     if call is None:
         if layout == DENSE:
@@ -363,6 +360,7 @@ def _decide(
 def _changed() -> None:
     choices_changed()
     _memo.clear()
+    _calls.clear()
 
 
 def _store(device: str) -> Store:
