@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import UsageError
-from wandapp_kernels.evaluation.perplexity import evaluate
+from wandapp_kernels.evaluation.perplexity import context_length, evaluate
+from wandapp_kernels.models.checks import require_module
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
+from wandapp_kernels.models.names import as_patterns
 from wandapp_kernels.pruning.methods import build_settings
 from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import Progress, prune_blocks
@@ -46,7 +48,7 @@ def prune(
     sparsity: str | float | Pattern = "2:4",
     *,
     seed: int = 0,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     device: str | torch.device | None = None,
     progress: Callable[[Progress], None] | None = None,
     **changes: Any,
@@ -69,14 +71,21 @@ def prune(
         What was done to every layer, and what it cost.
 
     Raises:
-        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape or range, a swapped model.
+        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape, range or length, a swapped
+            model, or something that is no module.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
     """
+    require_module(model)
     if any(sparse_layers(model)):
         raise UsageError("the model's layers are compressed and cannot be pruned; call desparsify(model) first")
+    if isinstance(calibration, str):
+        raise UsageError(
+            f"calibration is the text {calibration!r}, but must be token ids; data.calibration.calibration_tokens "
+            "makes them from a text source"
+        )
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
-    settings = build_settings(method, sparsity, seed=seed, ignore=tuple(ignore), **changes)
+    settings = build_settings(method, sparsity, seed=seed, ignore=as_patterns(ignore), **changes)
     _check_tokens(model, ids)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
@@ -98,6 +107,7 @@ def save(
     Raises:
         CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
     """
+    require_module(model)
     write = save_compressed if any(sparse_layers(model)) else save_pruned
     write(model, tokenizer, Path(folder), report.to_dict() if report else {}, force=force)
 
@@ -112,3 +122,6 @@ def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
             f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
             f"{vocabulary}; use the model's own tokenizer"
         )
+    context = context_length(model) if isinstance(model, PreTrainedModel) else None
+    if context is not None and ids.shape[1] > context:
+        raise UsageError(f"calibration samples have {ids.shape[1]} tokens, but the model's context is {context}")

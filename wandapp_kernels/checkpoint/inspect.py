@@ -26,6 +26,7 @@ _CHUNK = 2**24
 
 _IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 _NOT_A_LINEAR = re.compile(r"embed|lm_head|norm|vision|visual|audio")
+_EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 # Where the stored matrix is [in, out]: transformers' Conv1D, and experts that multiply x @ W.
 _CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_NAMES = re.compile(r"\.(c_attn|c_fc|c_proj|q_attn)\.weight$")
@@ -51,7 +52,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
           ``row_uniform``, ``bytes`` as stored, ``dense_bytes``, ``stored`` (the form, in a compressed folder only),
           ``would_take`` (bytes as ``2:4`` or None, as ``bitmap``, and the ``smallest`` of these and dense);
         - ``totals``: ``parameters``, ``bytes_on_disk`` (weight files), ``dense_bytes`` (their tensors),
-          ``would_take_bytes`` (each layer in its smallest form), ``layer_parameters``, ``layer_sparsity``;
+          ``would_take_bytes`` (each layer in its smallest form; experts dense, as ``convert`` leaves them),
+          ``layer_parameters``, ``layer_sparsity``;
         - ``written_by``: ``method``, ``pattern``, ``seed``, ``versions`` of wandapp.json, or None without one;
         - ``problems``: sentences, such as a layer that lacks the pattern wandapp.json claims for it; ``unchecked``:
           layers that wandapp.json names and that are stored under another name.
@@ -105,7 +107,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             "transformers loads as random values"
         )
     dense_bytes = dense_bits // 8
-    saved = sum(layer["dense_bytes"] - layer["would_take"]["smallest"] for layer in layers)
+    held = [layer for layer in layers if not _EXPERT.search(layer["name"])]  # experts stay dense
+    saved = sum(layer["dense_bytes"] - layer["would_take"]["smallest"] for layer in held)
     inside = sum(_elements(layer["shape"]) for layer in layers)
     zeros = sum(_elements(layer["shape"]) * layer["sparsity"] for layer in layers)
     return {

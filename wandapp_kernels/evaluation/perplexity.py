@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from wandapp_kernels.data.calibration import evaluation_tokens, token_hash
 from wandapp_kernels.data.sources import Split
 from wandapp_kernels.errors import NonFiniteError, TextError, UsageError
+from wandapp_kernels.models.checks import require_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,6 +164,7 @@ def evaluate(
     Raises:
         UsageError, TextError, NonFiniteError: as :func:`perplexity` and the source.
     """
+    require_module(model)
     if seqlen is None:
         seqlen = min(context_length(model) or DEFAULT_SEQLEN, DEFAULT_SEQLEN)
     ids, _ = evaluation_tokens(tokenizer, source, split, max_tokens)

@@ -10,7 +10,12 @@ from ..errors import UsageError
 _REGEX = "re:"
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
+def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """One pattern, or any number of them, as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
     """Whether a dotted module name is chosen by any of the patterns.
 
     A pattern is one of
@@ -20,12 +25,14 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
     Args:
         name: dotted module name.
-        patterns: any number of patterns; none at all choose nothing.
+        patterns: one pattern, or any number of them; none at all choose nothing.
 
     Raises:
         UsageError: a pattern is empty or its regular expression is not valid.
     """
-    return any([_matches(name, pattern) for pattern in patterns])  # a list: a wrong pattern is always reported
+    return any(
+        [_matches(name, pattern) for pattern in as_patterns(patterns)]
+    )  # a list: a wrong pattern is always reported
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -29,8 +29,9 @@ from wandapp_kernels.errors import CheckpointError, ModelError, NonFiniteError, 
 from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.runtime.dense_linear import use_dense_kernels
 from wandapp_kernels.runtime.memory import release_free_memory
+from wandapp_kernels.runtime.recorded import record_layers
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
-from wandapp_kernels.runtime.swap import mark_config, sparse_layers
+from wandapp_kernels.runtime.swap import sparse_layers
 
 
 def load_compressed(
@@ -132,7 +133,7 @@ def fill(
         if buffer.is_meta:
             raise _missing(checkpoint, name)
     use_dense_kernels(model)
-    mark_config(model)
+    record_layers(model)
     release_free_memory()
 
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from wandapp_kernels.backends import DENSE
-from wandapp_kernels.checkpoint.compressed import METHOD, is_compressed, quantization_config
+from wandapp_kernels.checkpoint.compressed import METHOD
 from wandapp_kernels.checkpoint.format import DTYPES, UNSTRUCTURED, compressed_bytes, smallest_pattern
 from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, UsageError
-from wandapp_kernels.models.names import matches
+from wandapp_kernels.models.checks import require_module
+from wandapp_kernels.models.names import as_patterns, matches
 from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.runtime.dense_linear import DenseLinear, use_dense_kernels, use_torch
 from wandapp_kernels.runtime.memory import release_free_memory
+from wandapp_kernels.runtime.recorded import owner_of, record_layers
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
 from wandapp_kernels.sparsity import Pattern, satisfies
 
@@ -50,7 +51,7 @@ class SwapReport:
 
     Attributes:
         swapped: layer by layer.
-        left_dense: name -> why, for every other linear layer.
+        left_dense: name -> why, for every other linear layer, and for sparse experts that are held in one tensor.
     """
 
     swapped: list[SwappedLayer] = field(default_factory=list)
@@ -76,8 +77,8 @@ def sparsify(
     model: nn.Module,
     pattern: str | Pattern = "auto",
     *,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
     tune: bool = False,
     min_sparsity: float = MIN_SPARSITY,
     layouts: str = "auto",
@@ -104,18 +105,24 @@ def sparsify(
             and dense layers as they are: for writing a checkpoint.
 
     Raises:
-        UsageError: an impossible pattern or ``min_sparsity``, or ``targets`` that choose no layer.
+        UsageError: an impossible pattern, ``min_sparsity`` or ``layouts``, ``targets`` that choose no layer, or
+            something that is no module.
         ModelError: ``model`` itself is a linear layer, so that there is nothing to hang the new one in.
     """
     if not 0 <= min_sparsity <= 1:
         raise UsageError(f"min_sparsity is {min_sparsity}, but must be a fraction of zeros from 0 to 1")
+    if layouts not in ("auto", "canonical"):
+        raise UsageError(f"layouts is {layouts!r}, but must be 'auto' or 'canonical'")
     wanted = pattern if pattern in ("auto", UNSTRUCTURED) else _nm(pattern)
+    require_module(model)
     if isinstance(model, nn.Linear | Conv1D):
         raise ModelError("the model is a single linear layer; compress it with SparseLinear.from_linear")
     names = [name for name, module in model.named_modules() if _is_linear(module)]
     chosen = [name for name in names if targets is None or matches(name, targets)]
     if targets is not None and not chosen:
-        raise UsageError(f"no linear layer of the model is chosen by {', '.join(targets)}; its last is {names[-1:]}")
+        raise UsageError(
+            f"no linear layer of the model is chosen by {', '.join(as_patterns(targets))}; its last is {names[-1:]}"
+        )
     shared = _shared_weights(model)
     report = SwapReport()
     for name in names:
@@ -131,9 +138,10 @@ def sparsify(
         del layer
         if reason is not None:
             report.left_dense[name] = reason
+    report.left_dense.update(_stacked(model, min_sparsity))
     if layouts == "auto":
         use_dense_kernels(model)
-    mark_config(model)
+    record_layers(model)
     release_free_memory()
     return report
 
@@ -141,6 +149,7 @@ def sparsify(
 @torch.no_grad()
 def desparsify(model: nn.Module) -> list[str]:
     """Give every `SparseLinear` of the model its dense layer back, in place; returns their names. -0.0 becomes +0.0."""
+    require_module(model)
     names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
     for name in names:
         if not name:
@@ -150,11 +159,12 @@ def desparsify(model: nn.Module) -> list[str]:
         model.set_submodule(name, layer.to_linear())
         del layer
     use_torch(model)
-    mark_config(model)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
+    record_layers(model)
+    owner = owner_of(model)
+    quantizer: Any = getattr(owner, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
         # transformers would go on refusing what it does not allow with quantised weights: training, half()
-        quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(owner)
     release_free_memory()
     return names
 
@@ -164,18 +174,6 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             yield name, module
-
-
-def mark_config(model: nn.Module) -> None:
-    """Let the model's config say what is compressed, so that a plain ``save_pretrained`` writes a readable folder."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig):
-        return
-    layers = {name: layer.form for name, layer in sparse_layers(model)}
-    if layers:
-        config.quantization_config = quantization_config(layers)
-    elif is_compressed({"quantization_config": getattr(config, "quantization_config", None)}):
-        del config.quantization_config
 
 
 def _nm(pattern: str | Pattern) -> Pattern:
@@ -201,6 +199,19 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
         for name in group
         if name.endswith(".weight")
     }
+
+
+def _stacked(model: nn.Module, min_sparsity: float) -> dict[str, str]:
+    """Sparse weights of several matrices in one tensor (experts), which no layer here holds: name -> why."""
+    return {
+        name: "it holds several matrices (experts) in one tensor; only nn.Linear and Conv1D are swapped"
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and not parameter.is_meta and _zeros(parameter) >= max(min_sparsity, 0.01)
+    }
+
+
+def _zeros(tensor: torch.Tensor) -> float:
+    return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
 
 
 def _swap(
