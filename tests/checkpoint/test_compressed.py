@@ -258,10 +258,13 @@ def test_wrong_checksums(folder: Path) -> None:
     refused(folder, CHECKSUMS)
 
 
-def test_values_that_overflow_the_type_asked_for(folder: Path) -> None:
-    retensor(folder, lambda tensors: tensors[f"{DOWN}.weight_values"].fill_(1e30))
+@pytest.mark.parametrize("name", [f"{DOWN}.weight_values", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [1e30, -1e30])
+def test_values_that_overflow_the_type_asked_for(folder: Path, name: str, value: float) -> None:
+    retensor(folder, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
     load(folder)
-    with pytest.raises(CheckpointError, match=DOWN):
+    load(folder, torch.bfloat16)
+    with pytest.raises(CheckpointError, match=rf"{name.removesuffix('.weight_values')} of .* as torch.float16"):
         load(folder, torch.float16)
 
 

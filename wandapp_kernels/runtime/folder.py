@@ -272,10 +272,19 @@ def _assign(
     module, known = check_place(model, name, checkpoint)
     tensor = checkpoint.tensor(name)
     if tensor.is_floating_point():
-        # No temporaries: an embedding is the largest tensor of a small model. NaN passes through aminmax.
-        if tensor.numel() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
-            raise CheckpointError(f"the tensor {name} of {checkpoint.folder} holds NaN or infinity; do not use it")
-        tensor = tensor.to(dtype or tensor.dtype)
+        wanted = dtype or tensor.dtype
+        if tensor.numel():
+            # No temporaries: an embedding is the largest tensor of a small model. NaN passes through aminmax, and what
+            # lies between two bounds that a cast leaves finite stays finite too.
+            bounds = torch.stack(tensor.aminmax())
+            if not bounds.isfinite().all():
+                raise CheckpointError(f"the tensor {name} of {checkpoint.folder} holds NaN or infinity; do not use it")
+            if not bounds.to(wanted).isfinite().all():
+                raise CheckpointError(
+                    f"the tensor {name} of {checkpoint.folder} cannot be read as {wanted}: it holds values from "
+                    f"{bounds[0]:.3g} to {bounds[1]:.3g}; choose a wider type"
+                )
+        tensor = tensor.to(wanted)
     tensor = tensor.to(device)
     own = name.rpartition(".")[2]
     if own not in module._parameters:
