@@ -161,7 +161,7 @@ def save_compressed(
     layers = {name: layer.form for name, layer in sparse_layers(model)}
     if not layers:
         raise ModelError("no layer of the model is compressed; swap them with sparsify, or save the model dense")
-    state = model.state_dict()
+    state = _untied_state(model)
     check_disk_space(folder, sum(tensor.nbytes for tensor in state.values()))
     with new_folder(folder, force=force) as partial:
         try:
@@ -178,6 +178,19 @@ def save_compressed(
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the model could not be written to {folder}: {reason}") from error
+
+
+def _untied_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict without the tensors that `fill` ties again, by the config that is written."""
+
+    def place(tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if name in state and source in state and place(state[name]) == place(state[source]):
+            del state[name]
+    return state
 
 
 def _complete_config(path: Path, model: PreTrainedModel, layers: dict[str, LayerForm]) -> None:
