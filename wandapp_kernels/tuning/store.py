@@ -86,7 +86,7 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(self.path.name + ".lock")):
                 # Another process may have written meanwhile.
-                self._problems = self._read(warn=False) | self._problems
+                self._problems = self._problems | self._read(warn=False) | new
                 held = {name: asdict(measurement) for name, measurement in sorted(self._problems.items())}
                 content = {"format": FORMAT, "fingerprint": self.fingerprint, "problems": held}
                 write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
