@@ -43,11 +43,6 @@ class Measurement:
     times_us: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def fastest(self) -> str:
-        """The backend with the shortest time, the first measured among equals."""
-        return min(self.times_us, key=self.times_us.__getitem__)
-
 
 class Store:
     """The measurements of one device. Reading happens once; a file that cannot be used is ignored with one warning."""
