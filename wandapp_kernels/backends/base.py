@@ -10,9 +10,8 @@ import torch
 
 from wandapp_kernels.errors import KernelError, UsageError
 from wandapp_kernels.ops.layouts import DENSE as DENSE
+from wandapp_kernels.sparsity.pattern import UNSTRUCTURED as UNSTRUCTURED
 from wandapp_kernels.sparsity.pattern import Pattern
-
-UNSTRUCTURED = "unstructured"
 
 # The operator of a weight that is not compressed; DENSE is its layout and its pattern.
 DENSE_OPERATOR = "linear"
