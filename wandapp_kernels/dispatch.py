@@ -141,14 +141,17 @@ def bind(
     )
 
 
-def choose_layout(problem: Problem) -> str:
+def choose_layout(problem: Problem, *, compressed_only: bool = False) -> str:
     """The layout to hold the weight of ``problem`` in: that of the fastest backend measured; ``"dense"`` if that wins.
 
     Without a measurement: the first layout with a backend of its own that takes the problem, else the canonical one.
     Ask with the token count that matters most, which for a language model is 1.
+
+    Args:
+        compressed_only: the weight stays compressed, even where the dense product is faster.
     """
     problem = replace(problem, tokens=token_bucket(problem.tokens))
-    names = [DENSE, *layouts_of(problem.operator)]
+    names = layouts_of(problem.operator) if compressed_only else [DENSE, *layouts_of(problem.operator)]
     usable = {
         backend.name: layout
         for layout in names

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pruned_models import pruned_linear
 
 from wandapp_kernels import backends
-from wandapp_kernels.backends import base, density_bucket, register_backend, token_bucket
+from wandapp_kernels.backends import UnusableError, base, density_bucket, register_backend, token_bucket
 from wandapp_kernels.backends.dense import DenseBackend
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.ops import layouts
+from wandapp_kernels.sparsity import BitmapWeight, NMWeight, Pattern
 
 
 @given(st.integers(1, 10**6))
@@ -49,6 +54,30 @@ def test_a_module_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.Monkey
     monkeypatch.setattr(backends, "_loaded", False)
     backends.load_backends()
     assert "cannot be imported" in backends.UNAVAILABLE["no_such_library"]
+
+
+@pytest.mark.parametrize("layout", ["nm", "bitmap", "dense"])
+def test_a_call_of_a_backend_that_proves_unusable_is_decompressed(layout: str) -> None:
+    class Unusable(base.Backend):
+        name = "unusable"
+
+        def supports(self, problem: base.Problem) -> str | None:
+            return None
+
+        def run(self, *given: Any) -> torch.Tensor:
+            raise UnusableError("it was tried, and failed")
+
+    Unusable.layout = layout
+    dense = pruned_linear()
+    weight = dense.weight.detach()
+    compressed = {"nm": NMWeight, "bitmap": BitmapWeight}.get(layout)
+    tensors = [weight] if compressed is None else layouts.get_layout(layout).pack(compressed.compress(weight))
+    pattern = Pattern.parse("2:4") if layout == "nm" else None
+    held = (tensors, dense.bias.detach())
+    call, x = Unusable().bind(*held, (12, 16), pattern), torch.randn(2, 3, 16)
+    torch.testing.assert_close(call(x, held), dense(x).detach())
+    for y in call.run_together(x, [(call, held)], held):
+        torch.testing.assert_close(y, dense(x).detach())
 
 
 def test_every_layout_can_be_decompressed_and_checked() -> None:

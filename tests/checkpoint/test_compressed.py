@@ -97,6 +97,24 @@ def test_what_is_written_comes_back(arch: str, dtype: torch.dtype, tmp_path: Pat
     assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is bool(tied)
 
 
+def test_only_what_the_config_ties_is_stored_once(tmp_path: Path) -> None:
+    model = swapped(num_hidden_layers=1)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    save_compressed(model, None, tmp_path / "untied", {})
+    loaded = load(tmp_path / "untied")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids(2, 7)).logits, model(token_ids(2, 7)).logits)
+    model.config.tie_word_embeddings = True
+    save_compressed(model, None, tmp_path / "tied", {})
+    loaded = load(tmp_path / "tied")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert load_file(tmp_path / "untied" / WEIGHTS).keys() - load_file(tmp_path / "tied" / WEIGHTS).keys() == {
+        "lm_head.weight"
+    }
+
+
 def test_how_it_generates_comes_back(tmp_path: Path) -> None:
     model = swapped(num_hidden_layers=1)
     model.generation_config.eos_token_id = [2, 5]
@@ -258,10 +276,13 @@ def test_wrong_checksums(folder: Path) -> None:
     refused(folder, CHECKSUMS)
 
 
-def test_values_that_overflow_the_type_asked_for(folder: Path) -> None:
-    retensor(folder, lambda tensors: tensors[f"{DOWN}.weight_values"].fill_(1e30))
+@pytest.mark.parametrize("name", [f"{DOWN}.weight_values", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [1e30, -1e30])
+def test_values_that_overflow_the_type_asked_for(folder: Path, name: str, value: float) -> None:
+    retensor(folder, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
     load(folder)
-    with pytest.raises(CheckpointError, match=DOWN):
+    load(folder, torch.bfloat16)
+    with pytest.raises(CheckpointError, match=rf"{name.removesuffix('.weight_values')} of .* as torch.float16"):
         load(folder, torch.float16)
 
 

@@ -11,6 +11,7 @@ import wandapp_kernels.backends as backends
 from tests.fake_backends import PROBLEM, Fake, add, at, remember
 from wandapp_kernels import dispatch, ops
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.sparsity import NMWeight
 
 # Without a measurement
@@ -74,6 +75,27 @@ def test_dense_is_chosen_where_it_wins() -> None:
     assert dispatch.choose_layout(PROBLEM) == "dense"
     assert dispatch.choose(PROBLEM, "dense").name == "fast-dense"
     assert dispatch.choose(PROBLEM, "nm").name == "a-nm"
+
+
+def test_a_weight_that_stays_compressed_gets_the_fastest_layout_all_the_same() -> None:
+    add(Fake("a-dense", "dense"), Fake("b-nm", "nm"), Fake("a-nm", "nm"), Fake("a-fake", "fake-nm"))
+    weight = NMWeight.compress(torch.eye(64, 32))
+    assert dispatch.choose_layout(PROBLEM, compressed_only=True) == fastest_layout(weight) == "nm"
+    remember(PROBLEM, {"a-dense": 1.0, "b-nm": 50.0, "a-nm": 4.0, "a-fake": 2.0})
+    assert dispatch.choose_layout(PROBLEM) == "dense"
+    assert dispatch.choose_layout(PROBLEM, compressed_only=True) == fastest_layout(weight) == "fake-nm"
+    remember(PROBLEM, {"a-dense": 1.0, "b-nm": 2.0, "a-nm": 4.0, "a-fake": 3.0})
+    assert fastest_layout(weight) == "nm"
+    with dispatch.only("a"):
+        assert dispatch.choose_layout(PROBLEM) == "dense"
+        assert fastest_layout(weight) == "fake-nm"
+    with dispatch.only("b"):
+        assert fastest_layout(weight) == "nm"
+    remember(PROBLEM, {"a-dense": 1.0})
+    with dispatch.only("dense"):
+        assert fastest_layout(weight) == "nm"
+    dense = dispatch.problem_for(8, 8, "dense", 1, torch.float32)
+    assert dispatch.choose_layout(dense, compressed_only=True) == "dense"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -210,6 +210,16 @@ def test_two_processes_add_to_one_file() -> None:
     assert together.exact(at(8)) == Measurement({"dense": 2.0}, {})
 
 
+def test_what_another_process_measured_anew_is_not_overwritten() -> None:
+    remember(at(1), {"dense": 1.0})
+    first, second = Store("cpu"), Store("cpu")
+    first.put({at(1): Measurement({"dense": 3.0}, {}), at(8): Measurement({"dense": 4.0}, {})})
+    second.put({at(8): Measurement({"dense": 5.0}, {})})
+    for store in (second, Store("cpu")):
+        assert store.exact(at(1)) == Measurement({"dense": 3.0}, {})
+        assert store.exact(at(8)) == Measurement({"dense": 5.0}, {})
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)

@@ -184,6 +184,13 @@ def test_a_damaged_folder_is_refused_as_load_refuses_it(folder: Path, damage: st
     assert str(caught.value) == str(known.value)
 
 
+def test_a_value_that_overflows_the_type_asked_for_is_refused(folder: Path) -> None:
+    edit(lambda tensors: tensors["model.embed_tokens.weight"][0].fill_(1e30))(folder)
+    load(folder)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight of .* as torch\.float16"):
+        load(folder, dtype=torch.float16)
+
+
 def test_what_is_not_supported_is_one_sentence(original: Path, tmp_path: Path) -> None:
     pruned_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "dense")
     refusals: list[tuple[type[Exception], str, Callable[[], object]]] = [

@@ -6,15 +6,19 @@ import gc
 import json
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from fake_backends import remember
 from pruned_models import pruned_linear, pruned_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import wandapp_kernels as wk
+from wandapp_kernels import dispatch
+from wandapp_kernels.backends import Problem
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.runtime import SparseLinear, desparsify, sparsify
 from wandapp_kernels.runtime.prepare import prepare
@@ -187,6 +191,35 @@ def test_prepare_swaps_for_a_family_of_backends() -> None:
             torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match="there is no backend 'abacus'"):
         prepare(model, "abacus")
+
+
+def test_prepare_measures_for_a_model_that_is_compressed_already(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = pruned_model("llama", ("2:4",))
+    expected = logits(model)
+    sparsify(model)
+    asked: set[tuple[int, int]] = set()
+
+    def tune(problems: list[Problem]) -> None:
+        """Where the weight has 48 rows, dense wins."""
+        asked.update((problem.out_features, problem.in_features) for problem in problems)
+        for problem in problems:
+            remember(problem, {"dense": 2.0, "decompress-nm": 9.0 if problem.out_features == 48 else 1.0})
+
+    monkeypatch.setenv("WANDAPP_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch, "tune", tune)
+    dispatch.forget()
+    try:
+        assert prepare(model).layers == "21 × 2:4" and not asked
+        assert prepare(model, tune=True).layers == "15 × 2:4"
+        assert asked == {(32, 32), (16, 32), (48, 32), (32, 48)}
+        assert {layer.layout for _, layer in sparse_layers(model)} == {"nm"}
+        assert not any(isinstance(block.mlp.gate_proj, SparseLinear) for block in model.model.layers)
+        assert len(model.config.quantization_config["layers"]) == 15
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        dispatch.forget()
 
 
 def test_a_swapped_model_is_not_pruned() -> None:

@@ -10,9 +10,8 @@ import torch
 
 from wandapp_kernels.errors import KernelError, UsageError
 from wandapp_kernels.ops.layouts import DENSE as DENSE
+from wandapp_kernels.sparsity.pattern import UNSTRUCTURED as UNSTRUCTURED
 from wandapp_kernels.sparsity.pattern import Pattern
-
-UNSTRUCTURED = "unstructured"
 
 # The operator of a weight that is not compressed; DENSE is its layout and its pattern.
 DENSE_OPERATOR = "linear"
@@ -145,9 +144,19 @@ class Call:
         self._shape, self._pattern = shape, pattern
 
     def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
-        """``x @ Wᵀ + bias``, ``[..., N]``; x ``[..., K]`` contiguous, with one row or more."""
+        """``x @ Wᵀ + bias``, ``[..., N]``; x ``[..., K]`` contiguous, with one row or more.
+
+        Where the backend raises `UnusableError`, the weight is decompressed.
+        """
         rows, columns = self._shape
-        y = self.backend.run(x.view(-1, columns), *held, self._shape, self._pattern)
+        flat = x.view(-1, columns)
+        try:
+            y = self.backend.run(flat, *held, self._shape, self._pattern)
+        except UnusableError:
+            from wandapp_kernels.backends.dense import DecompressBackend, DenseBackend  # they need this module
+
+            instead = DenseBackend() if self.backend.layout == DENSE else DecompressBackend(self.backend.layout)
+            y = instead.run(flat, *held, self._shape, self._pattern)
         return y.view(*x.shape[:-1], rows)
 
     def run_together(self, x: torch.Tensor, others: Sequence[tuple[Call, Held]], held: Held) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from wandapp_kernels.backends.base import Backend, Call, Held, Problem, UnusableError, register_backend
+from wandapp_kernels.backends.base import Backend, Problem, UnusableError, register_backend
 from wandapp_kernels.backends.cusparselt_algorithms import algorithms
 from wandapp_kernels.backends.cusparselt_products import (
     TOKEN_MULTIPLE,
@@ -23,7 +23,6 @@ from wandapp_kernels.backends.cusparselt_products import (
     cutlass_linear,
     pad_tokens,
 )
-from wandapp_kernels.backends.dense import DecompressBackend
 from wandapp_kernels.errors import KernelError
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout, register_layout
 from wandapp_kernels.sparsity.nm_weight import NMWeight
@@ -181,25 +180,6 @@ class CuSparseLtBackend(_SemiStructuredBackend):
         """
         algorithm = _algorithm(x, bias is not None, shape)
         return cusparselt_linear(tensors[0], pad_tokens(x), bias, algorithm)[: x.shape[0]]
-
-    def bind(
-        self,
-        tensors: Sequence[torch.Tensor],
-        bias: torch.Tensor | None,
-        shape: tuple[int, int],
-        pattern: Pattern | None,
-    ) -> Call:
-        return _SearchedCall(self, shape, pattern)
-
-
-class _SearchedCall(Call):
-    """A layer's call: a problem that proves unusable at its first call is decompressed instead."""
-
-    def __call__(self, x: torch.Tensor, held: Held) -> torch.Tensor:
-        try:
-            return super().__call__(x, held)
-        except UnusableError:
-            return Call(DecompressBackend(self.backend.layout), self._shape, self._pattern)(x, held)
 
 
 def _algorithm(x: torch.Tensor, bias: bool, shape: tuple[int, int]) -> Algorithm:

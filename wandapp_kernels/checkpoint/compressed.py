@@ -84,16 +84,15 @@ def quantization_config(layers: Mapping[str, LayerForm]) -> dict[str, Any]:
 def write_tensors(state: Mapping[str, torch.Tensor], folder: Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write a state dict as ``model.safetensors``, or as shards and their index, and a SHA-256 of every tensor beside.
 
-    Of tensors that are the same memory the first name is written: loading ties the others to it again.
+    Tensors that are the same memory are all written: leave out what loading ties again.
     """
     tensors: dict[str, torch.Tensor] = {}
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[int] = set()
     for name, tensor in state.items():
-        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and same in seen:
-            continue
-        seen.add(same)
-        tensors[name] = tensor.detach().cpu().contiguous()
+        held = tensor.detach().cpu().contiguous()
+        # safetensors refuses memory that it has seen before.
+        tensors[name] = held.clone() if held.data_ptr() in seen else held
+        seen.add(held.data_ptr())
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )

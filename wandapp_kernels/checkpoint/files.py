@@ -45,13 +45,17 @@ def _inside(folder: Path, name: Any) -> Path:
             f"{INDEX} in {folder} points to {name!r}, which is not a plain file name; do not trust it"
         )
     path = folder / name
-    home = folder.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if Path(os.path.realpath(path)).parent not in allowed:  # resolve() raises on a link that leads to itself
+    if Path(os.path.realpath(path)).parent not in homes(folder):  # resolve() raises on a link that leads to itself
         raise CheckpointError(f"{name} in {folder} is a link that leaves the folder; copy the file into it")
     if not path.is_file():
         raise CheckpointError(f"{name} is missing from {folder}; copy or download it again")
     return path
+
+
+def homes(folder: Path) -> list[Path]:
+    """Where the weights of a folder may lie: the hub's cache stores files under blobs, linked from snapshots/COMMIT."""
+    home = folder.resolve()
+    return [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from wandapp_kernels.ops.layouts import CompressedWeight
 from wandapp_kernels.sparsity import BitmapWeight, NMWeight, Pattern, satisfies
 from wandapp_kernels.sparsity.nm_weight import check_weight, index_bits, kept_per_row
 from wandapp_kernels.sparsity.packing import packed_bytes
-
-UNSTRUCTURED = "unstructured"
+from wandapp_kernels.sparsity.pattern import UNSTRUCTURED as UNSTRUCTURED
 
 # Types a saved weight may have, by the name the checkpoint uses.
-DTYPE_NAMES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_NAMES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 DTYPES = tuple(DTYPE_NAMES.values())
 
 # n:m patterns worth a try, in this order: of two that take the same bytes the first is used.

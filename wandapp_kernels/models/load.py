@@ -21,16 +21,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from wandapp_kernels.checkpoint.compressed import is_compressed
+from wandapp_kernels.checkpoint.files import INDEX, WEIGHTS, homes
+from wandapp_kernels.checkpoint.format import DTYPE_NAMES
 from wandapp_kernels.errors import ModelError, UsageError, WandappError
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
 
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece*.model")
 
@@ -100,9 +95,9 @@ def load_model(
 def _torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype == "auto":
         return "auto"
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in _DTYPES.values():
-        raise UsageError(f"dtype {dtype} is not a type to load weights in; choose auto, {', '.join(_DTYPES)}")
+    chosen = DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPE_NAMES.values():
+        raise UsageError(f"dtype {dtype} is not a type to load weights in; choose auto, {', '.join(DTYPE_NAMES)}")
     return chosen
 
 
@@ -166,7 +161,7 @@ def _require_unquantised(name: str, config: PreTrainedConfig) -> None:
 def _require_weights(name: str, folder: Path, config: PreTrainedConfig) -> None:
     """Refuse a folder without safetensors, and an index that leads out of it."""
     named = getattr(config, "transformers_weights", None)
-    candidates = [named] if isinstance(named, str) else [_WEIGHTS, _INDEX]
+    candidates = [named] if isinstance(named, str) else [WEIGHTS, INDEX]
     weights = next((folder / file for file in candidates if (folder / file).is_file()), None)
     if weights is None:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
@@ -188,11 +183,7 @@ def _check_index(name: str, folder: Path, index: Path) -> None:
         raise ModelError(f"{index.name} of {name} is not a readable index of weights; get the file again") from error
     if odd or not shards:
         raise ModelError(f"{index.name} of {name} must name safetensors files only, not {odd[0] if odd else 'nothing'}")
-    inside = folder.resolve()
-    allowed = [inside]
-    # The hub's cache stores files under blobs and links to them from snapshots/<commit>.
-    if inside.parent.name == "snapshots":
-        allowed.append(inside.parent.parent / "blobs")
+    allowed = homes(folder)
     for shard in sorted(shards):
         target = (folder / shard).resolve()
         lexical = Path(shard).is_absolute() or ".." in Path(shard).parts

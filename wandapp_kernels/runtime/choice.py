@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wandapp_kernels import dispatch
-from wandapp_kernels.backends import BACKENDS, DENSE, UNSTRUCTURED, backends_of, layouts_of
+from wandapp_kernels.backends import DENSE
 from wandapp_kernels.checkpoint.format import pattern_of
 from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
 
@@ -12,10 +12,10 @@ TUNED_TOKENS = (1, 16, 256)
 
 
 def fastest_layout(weight: CompressedWeight, *, tune: bool = False) -> str:
-    """Name of the layout for ``weight`` on its device; ``"dense"`` only when ``tune`` found the dense product fastest.
+    """Name of the layout for ``weight`` on its device, by `dispatch.choose_layout`.
 
     Args:
-        tune: measure this shape first, unless the cache knows it.
+        tune: measure this shape first, unless the cache knows it; then the name may be ``"dense"``.
     """
     pattern = pattern_of(weight)
     rows, columns = weight.shape
@@ -26,18 +26,7 @@ def fastest_layout(weight: CompressedWeight, *, tune: bool = False) -> str:
     ]
     if tune:
         dispatch.tune(problems)
-    operator = "bitmap_linear" if pattern == UNSTRUCTURED else "nm_linear"
-    chosen = dispatch.choose_layout(problems[0])
-    if chosen == DENSE and not tune:
-        chosen = next(
-            (
-                name
-                for name in layouts_of(operator)
-                for backend in backends_of(name)
-                if backend.name in BACKENDS and backend.supports(problems[0]) is None
-            ),
-            CANONICAL[operator],
-        )
+    chosen = dispatch.choose_layout(problems[0], compressed_only=not tune)
     if chosen != DENSE and get_layout(chosen).supports(weight) is not None:
-        chosen = CANONICAL[operator]
+        chosen = CANONICAL[problems[0].operator]
     return chosen

@@ -162,7 +162,7 @@ def save_compressed(
     layers = {name: layer.form for name, layer in sparse_layers(model)}
     if not layers:
         raise ModelError("no layer of the model is compressed; swap them with sparsify, or save the model dense")
-    state = model.state_dict()
+    state = _untied_state(model)
     check_disk_space(folder, sum(tensor.nbytes for tensor in state.values()))
     with new_folder(folder, force=force) as partial:
         try:
@@ -179,6 +179,19 @@ def save_compressed(
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the model could not be written to {folder}: {reason}") from error
+
+
+def _untied_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict without the tensors that `fill` ties again, by the config that is written."""
+
+    def place(tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if name in state and source in state and place(state[name]) == place(state[source]):
+            del state[name]
+    return state
 
 
 def _complete_config(path: Path, model: PreTrainedModel, layers: dict[str, LayerForm]) -> None:
@@ -273,10 +286,19 @@ def _assign(
     module, known = check_place(model, name, checkpoint)
     tensor = checkpoint.tensor(name)
     if tensor.is_floating_point():
-        # No temporaries: an embedding is the largest tensor of a small model. NaN passes through aminmax.
-        if tensor.numel() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
-            raise CheckpointError(f"the tensor {name} of {checkpoint.folder} holds NaN or infinity; do not use it")
-        tensor = tensor.to(dtype or tensor.dtype)
+        wanted = dtype or tensor.dtype
+        if tensor.numel():
+            # No temporaries: an embedding is the largest tensor of a small model. NaN passes through aminmax, and what
+            # lies between two bounds that a cast leaves finite stays finite too.
+            bounds = torch.stack(tensor.aminmax())
+            if not bounds.isfinite().all():
+                raise CheckpointError(f"the tensor {name} of {checkpoint.folder} holds NaN or infinity; do not use it")
+            if not bounds.to(wanted).isfinite().all():
+                raise CheckpointError(
+                    f"the tensor {name} of {checkpoint.folder} cannot be read as {wanted}: it holds values from "
+                    f"{bounds[0]:.3g} to {bounds[1]:.3g}; choose a wider type"
+                )
+        tensor = tensor.to(wanted)
     tensor = tensor.to(device)
     own = name.rpartition(".")[2]
     if own not in module._parameters:

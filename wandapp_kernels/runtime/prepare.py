@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from wandapp_kernels import dispatch
+from wandapp_kernels.backends import DENSE
 from wandapp_kernels.runtime.choice import fastest_layout
+from wandapp_kernels.runtime.sparse_linear import SparseLinear
 from wandapp_kernels.runtime.swap import desparsify, sparse_layers, sparsify
 
-DENSE = "dense"
 BACKEND_CHOICES = ("auto", DENSE, "cpu", "reference")
 
 
@@ -39,7 +40,8 @@ def prepare(model: nn.Module, backend: str = "auto", *, tune: bool = False) -> P
     Args:
         backend: ``"auto"`` swaps what is sparse and lets dispatch choose; ``"dense"`` gives every layer its dense
             weight back; another name is a family of backends (``"cpu"``, ``"reference"``): layouts are chosen for it.
-        tune: see `swap.sparsify`.
+        tune: see `swap.sparsify`; layers that are compressed already are measured too, and become dense where the
+            dense product is faster.
 
     Raises:
         UsageError: there is no backend of that family here.
@@ -49,9 +51,15 @@ def prepare(model: nn.Module, backend: str = "auto", *, tune: bool = False) -> P
         return Prepared("all layers dense", None)
     family = None if backend == "auto" else backend
     with dispatch.only(family):
-        for _, layer in sparse_layers(model):
-            layout = fastest_layout(layer.compressed())
-            layer.set_layout(layout)
+        for name in [name for name, _ in sparse_layers(model)]:
+            # Only names are kept: a list of modules would keep the compressed weights of replaced layers alive.
+            layer = model.get_submodule(name)
+            assert isinstance(layer, SparseLinear)
+            layout = fastest_layout(layer.compressed(), tune=tune)
+            if layout == DENSE:
+                model.set_submodule(name, layer.to_linear())
+            else:
+                layer.set_layout(layout)
         sparsify(model, tune=tune)
     return Prepared(describe(model), family)
 

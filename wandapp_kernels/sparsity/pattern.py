@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from wandapp_kernels.errors import UsageError
 
+# What forms and problems of a free pattern are called; n:m ones by their pattern.
+UNSTRUCTURED = "unstructured"
+
 MAX_GROUP = 16
 _NM = re.compile(r"(\d+):(\d+)")
 _RATIO = re.compile(r"(\d*\.?\d+)\s*(%?)")

@@ -43,11 +43,6 @@ class Measurement:
     times_us: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def fastest(self) -> str:
-        """The backend with the shortest time, the first measured among equals."""
-        return min(self.times_us, key=self.times_us.__getitem__)
-
 
 class Store:
     """The measurements of one device. Reading happens once; a file that cannot be used is ignored with one warning."""
@@ -86,7 +81,7 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(self.path.name + ".lock")):
                 # Another process may have written meanwhile.
-                self._problems = self._read(warn=False) | self._problems
+                self._problems = self._problems | self._read(warn=False) | new
                 held = {name: asdict(measurement) for name, measurement in sorted(self._problems.items())}
                 content = {"format": FORMAT, "fingerprint": self.fingerprint, "problems": held}
                 write_text_atomic(self.path, json.dumps(content, indent=1) + "\n")
