@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wandapp_kernels.errors import UsageError
-from wandapp_kernels.models.names import matches
+from wandapp_kernels.models.names import as_patterns, matches
 
 NAME = "model.layers.10.mlp.experts.3.down_proj"
 parts = st.lists(st.from_regex(r"[a-z0-9_]{1,6}", fullmatch=True), min_size=1, max_size=5)
@@ -53,6 +53,11 @@ def test_patterns_that_do_not_choose(pattern: str) -> None:
 
 def test_no_patterns_choose_nothing() -> None:
     assert not matches(NAME, [])
+
+
+def test_one_pattern_needs_no_list() -> None:
+    assert as_patterns("down_proj") == ("down_proj",) and as_patterns(["a", "b"]) == ("a", "b")
+    assert matches("mlp.down_proj", "down_proj") and not matches("mlp.down_proj", "d")
 
 
 @pytest.mark.parametrize("patterns", [["re:("], ["down_proj", "re:[z"], ["re:*"]])

@@ -20,6 +20,7 @@ import wandapp_kernels as wk
 from wandapp_kernels import dispatch
 from wandapp_kernels.backends import Problem
 from wandapp_kernels.errors import ModelError, UsageError
+from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.runtime import SparseLinear, desparsify, sparsify
 from wandapp_kernels.runtime.prepare import prepare
 from wandapp_kernels.runtime.swap import sparse_layers
@@ -92,6 +93,16 @@ def test_what_stays_dense_is_listed_with_the_reason() -> None:
     assert [layer.name for layer in again.swapped] == ["6"] and "5" not in again.left_dense
 
 
+def test_sparse_experts_that_stay_dense_are_listed() -> None:
+    model = pruned_model("mixtral", ("2:4",))
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        experts.down_proj.view(-1)[::2] = 0
+    left = sparsify(model).left_dense
+    assert left.keys() == {"lm_head", "model.layers.1.mlp.experts.down_proj"}
+    assert "several matrices (experts) in one tensor" in left["model.layers.1.mlp.experts.down_proj"]
+
+
 def test_a_named_pattern_is_used_where_it_holds() -> None:
     model = nn.Sequential(pruned_linear(pattern="2:4"), pruned_linear(pattern="60%"), pruned_linear(pattern="1:4"))
     report = sparsify(model, "2:4")
@@ -117,14 +128,38 @@ def test_targets_choose_layers() -> None:
     names = [layer.name for layer in report.swapped]
     assert names == [n for n in names if n.endswith("down_proj") or n == "model.layers.1.self_attn.q_proj"]
     assert len(names) == 4 and report.left_dense["model.layers.0.self_attn.q_proj"] == "not among the targets"
-    with pytest.raises(UsageError, match="no linear layer"):
+    with pytest.raises(UsageError, match="no linear layer of the model is chosen by nothing;"):
         sparsify(model, targets=["nothing"])
+    with pytest.raises(UsageError, match="no linear layer of the model is chosen by nothing;"):
+        sparsify(model, targets="nothing")
+    one = pruned_model("llama", ("2:4",))
+    left = sparsify(one, targets="mlp.down_proj", ignore="model.layers.1.mlp.down_proj").left_dense
+    assert [name for name, _ in sparse_layers(one)] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 2)]
+    assert left["model.layers.1.mlp.down_proj"] == "ignored"
 
 
 def test_wrong_requests() -> None:
     for pattern in ("50%", 0.5, "sparse"):
         with pytest.raises(UsageError):
             sparsify(pruned_model("llama"), pattern)
+    with pytest.raises(UsageError, match="must be 'auto' or 'canonical'"):
+        sparsify(pruned_model("llama"), layouts="nm_pairs")
+    loaded, ids = LoadedModel(pruned_model("llama"), None, "m", None), token_ids(1, 4)
+    for call in (
+        lambda: wk.sparsify(loaded),
+        lambda: wk.desparsify(loaded),
+        lambda: wk.prune(loaded, ids),
+        lambda: wk.save(loaded, None, "nowhere"),
+        lambda: wk.evaluate(loaded, None),
+    ):
+        with pytest.raises(UsageError, match="a LoadedModel, which is no torch module; give its"):
+            call()
+    with pytest.raises(UsageError, match="must be token ids"):
+        wk.prune(loaded.model, "wiki")
+    with pytest.raises(UsageError, match="samples have 65 tokens, but the model's context is 64"):
+        wk.prune(loaded.model, token_ids(1, 65))
+    with pytest.raises(UsageError, match="give a torch module"):
+        sparsify(None)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="from_linear"):
         sparsify(pruned_linear())
     with pytest.raises(ModelError, match="to_linear"):
@@ -216,7 +251,7 @@ def test_prepare_measures_for_a_model_that_is_compressed_already(
         assert asked == {(32, 32), (16, 32), (48, 32), (32, 48)}
         assert {layer.layout for _, layer in sparse_layers(model)} == {"nm"}
         assert not any(isinstance(block.mlp.gate_proj, SparseLinear) for block in model.model.layers)
-        assert len(model.config.quantization_config["layers"]) == 15
+        assert len(model.config.quantization_config.to_dict()["layers"]) == 15
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     finally:
         dispatch.forget()
