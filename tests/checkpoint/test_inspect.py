@@ -176,6 +176,8 @@ def test_fused_experts_are_one_entry(tmp_path, model_type, input_dim, monkeypatc
     kept = 2 * 36 + 18
     assert layer["would_take"]["bitmap"] == kept * 2 + 18 * 2 + 3 * 8 * 7
     assert layer["sparsity"] == pytest.approx(1 - kept / 216)
+    totals = inspect_module.inspect_folder(tmp_path)["totals"]
+    assert totals["would_take_bytes"] == totals["dense_bytes"]  # convert leaves experts dense
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0), (1, 1)])
