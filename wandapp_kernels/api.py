@@ -97,6 +97,7 @@ def save(
 
     Raises:
         CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
+        NonFiniteError: a swapped model holds NaN or infinity.
     """
     write = save_compressed if any(sparse_layers(model)) else save_pruned
     write(model, tokenizer, Path(folder), report.to_dict() if report else {}, force=force)
