@@ -295,6 +295,13 @@ def test_odd_surroundings() -> None:
         assert torch.equal(model(x.clone()), expected)
     negative = torch._neg_view(-x)
     assert torch.equal(model.q(negative), model.q(x))
+    changed, dense = copy.deepcopy(model.q), model.q.to_linear()
+    changed.bias = nn.Parameter(torch._neg_view(changed.bias), requires_grad=False)
+    torch.testing.assert_close(changed(x), nn.functional.linear(x, dense.weight, -dense.bias))
+    setattr(
+        changed, changed._tensor_names[0], nn.Parameter(torch._neg_view(changed._tensors()[0]), requires_grad=False)
+    )
+    torch.testing.assert_close(changed(x), -dense(x))
     with pytest.raises(UsageError, match="last dimension"):
         model.q(torch.tensor(1.0))
     torch.nn.utils.parametrize.register_parametrization(model.k, "bias", nn.Identity())

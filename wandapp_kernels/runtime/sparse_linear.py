@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from wandapp_kernels import dispatch
@@ -168,13 +169,18 @@ class SparseLinear(KernelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (y := self._run_kernel(x)) is not None:
             return y
+        if not self.out_features:  # no kernel takes it
+            return functional.linear(x, x.new_empty(0, self.in_features), self.bias)
         if traced_without_gradients(x, self._tensors()[0]):
             pattern = "" if self.pattern == UNSTRUCTURED else self.pattern
             weight = (self._tensors(), self.bias, self.out_features)
             return linears(x, [weight], self.in_features, pattern, self._layout)[0]
+        # In eager mode the operators hand addresses over, which know nothing of signs to be turned.
+        tensors = [tensor.resolve_neg() for tensor in self._tensors()]
+        bias = None if self.bias is None else self.bias.resolve_neg()
         if self.pattern == UNSTRUCTURED:
-            return bitmap_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self._layout)
-        return nm_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self.pattern, self._layout)
+            return bitmap_linear(x, tensors, bias, self.out_features, self.in_features, self._layout)
+        return nm_linear(x, tensors, bias, self.out_features, self.in_features, self.pattern, self._layout)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -216,7 +222,9 @@ class SparseLinear(KernelLinear):
         except KeyError:  # a replica of nn.DataParallel has plain attributes
             return self._tensors()
 
-    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
+    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call | None:
+        if not self.out_features:
+            return None
         pattern = "" if self.pattern == UNSTRUCTURED else self.pattern
         return dispatch.bind(x, tensors, bias, self.shape, pattern, self._layout)
 
