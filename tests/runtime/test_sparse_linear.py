@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,6 +245,16 @@ def test_every_layout_of_this_machine_behaves_alike(form: str) -> None:
         wide = copy.deepcopy(sparse).double()
         assert torch.equal(wide.weight, linear.weight.double()), name
         assert torch.equal(sparse.to_linear().weight, linear.weight), name
+
+
+def test_a_packed_layout_is_there_from_the_start() -> None:
+    pytest.importorskip("wandapp_kernels.backends.cpu", reason="the compiled CPU kernels are missing")
+    program = (
+        "import torch; from wandapp_kernels.runtime import SparseLinear\n"
+        "linear = torch.nn.Linear(8, 4); linear.weight.data[:, ::2] = 0\n"
+        "assert SparseLinear.from_linear(linear, '2:4', layout='nm_pairs').layout == 'nm_pairs'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from wandapp_kernels import dispatch
-from wandapp_kernels.backends import Call
+from wandapp_kernels.backends import Call, load_backends
 from wandapp_kernels.checkpoint.compressed import LayerForm
 from wandapp_kernels.checkpoint.format import (
     UNSTRUCTURED,
@@ -24,7 +24,7 @@ from wandapp_kernels.checkpoint.format import (
 )
 from wandapp_kernels.errors import NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.ops import bitmap_linear, nm_linear
-from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
+from wandapp_kernels.ops.layouts import CANONICAL, LAYOUTS, CompressedWeight, get_layout
 from wandapp_kernels.ops.linears import linears, traced_without_gradients
 from wandapp_kernels.runtime.kernel_linear import KernelLinear
 from wandapp_kernels.sparsity import Pattern
@@ -229,6 +229,8 @@ class SparseLinear(KernelLinear):
         return dispatch.bind(x, tensors, bias, self.shape, pattern, self._layout)
 
     def _hold(self, weight: CompressedWeight, layout: str) -> None:
+        if layout not in LAYOUTS:
+            load_backends()  # whose layout it may be
         found = get_layout(layout)
         reason = f"it is for {found.operator}" if found.operator != self._operator else found.supports(weight)
         if reason is not None:
