@@ -34,6 +34,13 @@ def close(got: torch.Tensor, expected: torch.Tensor, scale: float = 1e-6) -> Non
     torch.testing.assert_close(got.double(), expected.double(), rtol=scale, atol=scale)
 
 
+def in_every_layout(sparse: SparseLinear) -> list[SparseLinear]:
+    """Copies of it."""
+    kept = sparse.compressed()
+    names = layouts_of(get_layout(sparse.layout).operator)
+    return [copy.deepcopy(sparse).set_layout(name) for name in names if get_layout(name).supports(kept) is None]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_computes_what_the_dense_layer_computes(form: str, bias: bool) -> None:
@@ -190,6 +197,35 @@ def test_moving_to_another_type_and_device(form: str) -> None:
     assert sparse.to("meta").bias.is_meta and all(t.is_meta for t in (*sparse.parameters(), *sparse.buffers()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d], ids=str)
+def test_packed_values_have_no_memory_format(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    linear, canonical = pair(columns=64, dtype=dtype)
+    x = torch.randn(1, 64, dtype=dtype)
+    for sparse in in_every_layout(canonical):
+        name, values = sparse.layout, next(iter(sparse.parameters()))
+        expected, where = sparse(x), values.data_ptr()
+        assert sparse.to(memory_format=memory_format).layout == name
+        assert all(tensor.is_contiguous() for tensor in (*sparse.parameters(), *sparse.buffers()))
+        assert next(iter(sparse.parameters())) is values and values.data_ptr() == where
+        assert torch.equal(sparse(x), expected) and torch.equal(sparse.weight, linear.weight)
+        shared = sparse.share_memory()
+        assert all(tensor.is_shared() for tensor in (*shared.parameters(), *shared.buffers()))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("form", ["2:4", "unstructured"])
+def test_a_layer_without_rows(form: str) -> None:
+    sparse = SparseLinear.from_linear(nn.Linear(16, 0), form)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            for shape in [(16,), (3, 16), (0, 16)]:
+                assert sparse(torch.randn(shape)).shape == (*shape[:-1], 0)
+            torch.compiler.reset()
+            compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+            assert compiled(torch.randn(3, 16)).shape == (3, 0)
+
+
 class FlippedLayout(type(LAYOUTS["nm"])):
     """Rows from last to first: a layout that is not the canonical one."""
 
@@ -231,9 +267,7 @@ def test_another_layout_computes_the_same_and_saves_the_same(monkeypatch: pytest
 def test_every_layout_of_this_machine_behaves_alike(form: str) -> None:
     linear, canonical = pair(form)
     state, x = canonical.state_dict(), torch.randn(3, 16)
-    kept = canonical.compressed()
-    operator = get_layout(canonical.layout).operator
-    for name in [name for name in layouts_of(operator) if get_layout(name).supports(kept) is None]:
+    for name in [sparse.layout for sparse in in_every_layout(canonical)]:
         sparse = SparseLinear.from_linear(linear, form, layout=name)
         assert sparse.layout == name and torch.equal(sparse.weight, linear.weight)
         close(sparse(x), linear(x), 1e-5)
@@ -301,11 +335,13 @@ def test_peft_wraps_it_as_a_linear() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_it_compiles_whole(form: str) -> None:
     linear, sparse = pair(form)
-    compiled = torch.compile(sparse, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad():
-        for tokens in (1, 5, 9):
-            x = torch.randn(tokens, 16)
-            close(compiled(x), linear(x), 1e-5)
+    for gradients in (False, True):
+        torch.compiler.reset()
+        compiled = torch.compile(sparse, fullgraph=True, dynamic=True, backend="aot_eager")
+        with torch.set_grad_enabled(gradients):
+            for tokens in (1, 5, 9):
+                x = torch.randn(tokens, 16)
+                close(compiled(x), linear(x), 1e-5)
 
 
 def test_a_type_that_the_layout_cannot_hold_gets_the_canonical_one() -> None:

@@ -252,7 +252,17 @@ class SparseLinear(KernelLinear):
         probe = torch.empty(0, dtype=self._dtype, device=self._tensors()[0].device)
         moved = fn(probe)
         if moved.dtype == probe.dtype and moved.device == probe.device:
-            return super()._apply(fn, recurse)  # type: ignore[return-value]
+            held = {id(tensor) for tensor in self._tensors()}
+
+            def apply(tensor: torch.Tensor) -> torch.Tensor:
+                # Packed values may have the dimensions of images, but no memory format.
+                if tensor.dim() < 4 or id(tensor) not in held:
+                    return fn(tensor)
+                flat = tensor.flatten()
+                applied = fn(flat)
+                return tensor if applied is flat else applied.view(tensor.shape)
+
+            return super()._apply(apply, recurse)  # type: ignore[return-value]
         # A packed layout may depend on the type or the device: go through the canonical form.
         layout, weight = self.layout, self.compressed()
         self._hold(weight, CANONICAL[self._operator])
