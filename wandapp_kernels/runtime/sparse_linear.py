@@ -273,13 +273,16 @@ class SparseLinear(KernelLinear):
             self.set_layout(layout)
         return self
 
-    # state_dict, canonical whatever the layout
+    # state_dict: the weight canonical whatever the layout, the rest as in any module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        others: dict[str, Any] = {}
+        super()._save_to_state_dict(others, prefix, keep_vars)
+        for name in self._tensor_names:
+            del others[prefix + name]
         for name, tensor in to_tensors(self.compressed()).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        destination.update(others)
 
     def _load_from_state_dict(
         self,
@@ -291,40 +294,31 @@ class SparseLinear(KernelLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = tensor_names(self.pattern)
-        known = {*names, *(("bias",) if self.bias is not None else ())}
-        own = {key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)}
+        keys = {name: prefix + name for name in tensor_names(self.pattern)}
+        given = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if len(given) == len(keys):
+            try:
+                self._load_weight(given, local_metadata.get("assign_to_params_buffers", False))
+            except (SparsityError, NonFiniteError) as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+                return
+        packed = {prefix + name for name in self._tensor_names} - set(keys.values())
         if strict:
-            unexpected_keys.extend(key for name, key in own.items() if name not in known)
-        if absent := sorted(known - own.keys()):
-            missing_keys.extend(prefix + name for name in absent)
-            return
-        given = {name: state_dict[prefix + name] for name in names}
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        try:
-            weight = from_tensors(given, self.shape, self.pattern)
-            weight.validate()
-            if not assign:
-                weight = weight.to(device=self._tensors()[0].device, dtype=self._dtype)
-        except (SparsityError, NonFiniteError) as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-            return
-        if self.bias is not None and not self._load_bias(state_dict[prefix + "bias"], assign):
-            error_msgs.append(f"{prefix}bias has shape {tuple(state_dict[prefix + 'bias'].shape)}")
-            return
-        copied = weight if assign else from_tensors({k: t.clone() for k, t in to_tensors(weight).items()}, *self._form)
-        self._hold(copied, self.layout)
+            missing_keys.extend(key for name, key in keys.items() if name not in given)
+            unexpected_keys.extend(sorted(packed & state_dict.keys()))
+        weights = packed | set(keys.values())
+        others = {key: value for key, value in state_dict.items() if key not in weights}
+        absent: list[str] = []
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
+        missing_keys.extend(key for key in absent if key not in weights)
 
-    @property
-    def _form(self) -> tuple[tuple[int, int], str]:
-        return self.shape, self.pattern
-
-    def _load_bias(self, bias: torch.Tensor, assign: bool) -> bool:
-        if bias.shape != (self.out_features,):
-            return False
-        if assign:
-            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-        else:
-            with torch.no_grad():
-                self.bias.copy_(bias)
-        return True
+    def _load_weight(self, given: Mapping[str, torch.Tensor], assign: bool) -> None:
+        weight = from_tensors(given, self.shape, self.pattern)
+        weight.validate()
+        device, layout = self._tensors()[0].device, self._layout
+        if not assign:
+            cast = to_tensors(weight.to(device=device, dtype=self._dtype))
+            weight = from_tensors({name: tensor.clone() for name, tensor in cast.items()}, self.shape, self.pattern)
+        elif weight.values.device != device or get_layout(layout).supports(weight) is not None:
+            layout = CANONICAL[self._operator]
+        self._hold(weight, layout)
