@@ -106,6 +106,7 @@ def save(
 
     Raises:
         CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
+        NonFiniteError: a swapped model holds NaN or infinity.
     """
     require_module(model)
     write = save_compressed if any(sparse_layers(model)) else save_pruned

@@ -84,6 +84,50 @@ def test_the_swap_and_back() -> None:
     assert type(model.lm_head) is nn.Linear
 
 
+@torch.no_grad()
+def test_tensors_that_do_not_fit_the_layer_are_torch_s() -> None:
+    torch.compiler.reset()
+    x = torch.randn(2, 8).bfloat16()
+    rows = nn.Parameter(torch.randn(6, 8).bfloat16(), requires_grad=False)
+    bias = nn.Parameter(torch.randn(1).bfloat16(), requires_grad=False)
+
+    def layer(weight: nn.Parameter, bias: nn.Parameter | None) -> DenseLinear:
+        layer = nn.Linear(8, 6, bias=False).bfloat16()
+        use_dense_kernels(nn.Sequential(layer))
+        layer(x)
+        layer.weight, layer.bias = weight, bias
+        return layer
+
+    for weight, its in ((rows, bias), (rows[:4].clone(), None), (rows[:4].clone(), bias)):
+        changed = layer(nn.Parameter(weight, requires_grad=False), its)
+        for call in (changed, torch.compile(changed, fullgraph=True, backend="aot_eager")):
+            assert torch.equal(call(x), nn.functional.linear(x, weight, its))
+    transposed = layer(nn.Parameter(rows.t().contiguous(), requires_grad=False), None)
+    for call in (transposed, torch.compile(transposed, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(Exception, match=r"shapes cannot be multiplied|must have same reduction dim"):
+            call(x)
+
+
+@torch.no_grad()
+def test_a_weight_and_a_bias_whose_signs_are_to_be_turned() -> None:
+    layer, x = nn.Linear(64, 16).bfloat16(), torch.randn(1, 64).bfloat16()
+    use_dense_kernels(nn.Sequential(layer))
+    expected = layer(x)
+    for name in ("bias", "weight"):
+        setattr(layer, name, nn.Parameter(torch._neg_view(getattr(layer, name)), requires_grad=False))
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), -expected)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@torch.no_grad()
+def test_a_layer_without_rows() -> None:
+    layer = nn.Linear(8, 0).bfloat16()
+    use_dense_kernels(nn.Sequential(layer))
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        assert call(torch.randn(2, 8).bfloat16()).shape == (2, 0)
+
+
 def test_tracing_and_modes_see_a_plain_linear() -> None:
     layer = nn.Linear(16, 8).to(torch.bfloat16).requires_grad_(False)
     layer.__class__ = DenseLinear

@@ -1,13 +1,17 @@
-"""Building a model without weights concerns the thread that does it, and no other."""
+"""Building a model without weights concerns the thread that does it, and no other; what is never written."""
 
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from pruned_models import pruned_model
 from torch import nn
 
+import wandapp_kernels as wk
+from wandapp_kernels.errors import NonFiniteError
 from wandapp_kernels.runtime.folder import _weights_on_meta
 
 
@@ -78,3 +82,16 @@ def test_loads_at_the_same_time() -> None:
     leave.set()
     thread.join()
     assert found == {"inside, after the first has left": True, "outside": False}
+
+
+def test_what_loading_would_refuse_is_not_written(tmp_path: Path) -> None:
+    for name in ("layers.1.mlp.up_proj", "embed_tokens"):
+        model = pruned_model("llama", ("2:4",))
+        with torch.no_grad():
+            weight = model.model.get_submodule(name).weight
+            weight[weight != 0] *= 1e6
+        wk.sparsify(model)
+        model.to(torch.float16)
+        with pytest.raises(NonFiniteError, match=rf"model\.{name}\.weight.*wider type"):
+            wk.save(model, None, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -221,6 +221,21 @@ def test_a_layer_changed_after_it_was_computed_ahead(calls: list[int], change: s
 
 
 @torch.no_grad()
+def test_weights_made_in_inference_mode_are_not_computed_ahead(calls: list[int]) -> None:
+    with torch.inference_mode():
+        model = Attention(torch.float32)
+        sparsify(model, "2:4")
+    for _ in range(2):
+        model(torch.randn(1, 64))
+    x = torch.randn(1, 64)
+    model.q(x)
+    assert calls[-1] == 1
+    with torch.inference_mode():
+        model.k.bias.add_(5)
+    assert torch.equal(model.k(x), model.k(x.clone()))
+
+
+@torch.no_grad()
 def test_other_types_devices_and_backends_after_it_was_computed_ahead() -> None:
     model = Attention(torch.float32)
     sparsify(model, "2:4")
@@ -280,6 +295,13 @@ def test_odd_surroundings() -> None:
         assert torch.equal(model(x.clone()), expected)
     negative = torch._neg_view(-x)
     assert torch.equal(model.q(negative), model.q(x))
+    changed, dense = copy.deepcopy(model.q), model.q.to_linear()
+    changed.bias = nn.Parameter(torch._neg_view(changed.bias), requires_grad=False)
+    torch.testing.assert_close(changed(x), nn.functional.linear(x, dense.weight, -dense.bias))
+    setattr(
+        changed, changed._tensor_names[0], nn.Parameter(torch._neg_view(changed._tensors()[0]), requires_grad=False)
+    )
+    torch.testing.assert_close(changed(x), -dense(x))
     with pytest.raises(UsageError, match="last dimension"):
         model.q(torch.tensor(1.0))
     torch.nn.utils.parametrize.register_parametrization(model.k, "bias", nn.Identity())

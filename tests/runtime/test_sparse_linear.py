@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from pruned_models import pruned_linear
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from wandapp_kernels.backends import layouts_of
 from wandapp_kernels.errors import SparsityError, UsageError
@@ -30,6 +33,13 @@ def pair(form: str = "2:4", **options) -> tuple[nn.Linear, SparseLinear]:
 def close(got: torch.Tensor, expected: torch.Tensor, scale: float = 1e-6) -> None:
     assert got.shape == expected.shape
     torch.testing.assert_close(got.double(), expected.double(), rtol=scale, atol=scale)
+
+
+def in_every_layout(sparse: SparseLinear) -> list[SparseLinear]:
+    """Copies of it."""
+    kept = sparse.compressed()
+    names = layouts_of(get_layout(sparse.layout).operator)
+    return [copy.deepcopy(sparse).set_layout(name) for name in names if get_layout(name).supports(kept) is None]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,6 +137,58 @@ def test_loading_casts_unless_it_assigns() -> None:
     assert half.dtype == torch.float32 and torch.equal(half.weight, linear.weight)
 
 
+def test_loading_without_strictness_takes_what_there_is() -> None:
+    (_, sparse), other = pair(), SparseLinear.from_linear(pruned_linear(pattern="1:4"), "2:4")
+    other.bias.data.zero_()
+    state = other.state_dict()
+    bias = state.pop("bias")
+    found = sparse.load_state_dict(state, strict=False)
+    assert found.missing_keys == ["bias"] and not found.unexpected_keys
+    assert torch.equal(sparse.weight, other.weight) and sparse.bias.any()
+    before = sparse.weight
+    found = sparse.load_state_dict({"bias": bias, "weight_indices": state["weight_indices"]}, strict=False)
+    assert found.missing_keys == ["weight_values"] and not sparse.bias.any() and torch.equal(sparse.weight, before)
+
+
+def test_assigning_a_type_that_the_layout_cannot_hold() -> None:
+    linear, canonical = pair()
+    wide = copy.deepcopy(linear).double()
+    state = SparseLinear.from_linear(wide, "2:4").state_dict()
+    for sparse in in_every_layout(canonical):
+        name = sparse.layout
+        sparse.load_state_dict(state, assign=True)
+        assert sparse.layout == name or get_layout(name).supports(sparse.compressed()) is not None
+        assert sparse.dtype == sparse.bias.dtype == torch.float64 and torch.equal(sparse.weight, wide.weight)
+        x = torch.randn(3, 16, dtype=torch.float64)
+        close(sparse(x), wide(x), 1e-9)
+
+
+@pytest.mark.parametrize("form", ["2:4", "unstructured"])
+def test_a_bias_that_is_parametrized_or_pruned_by_torch_is_saved_and_loaded(form: str) -> None:
+    def parametrized() -> SparseLinear:
+        sparse = pair(form)[1]
+        parametrize.register_parametrization(sparse, "bias", nn.Identity())
+        return sparse
+
+    def pruned() -> SparseLinear:
+        return prune.l1_unstructured(pair(form)[1], "bias", 0.5)
+
+    for make, keys in ((parametrized, {"parametrizations.bias.original"}), (pruned, {"bias_orig", "bias_mask"})):
+        sparse, other = make(), make()
+        with torch.no_grad():
+            for parameter in sparse.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(3)
+        x = torch.randn(2, 16)
+        assert not torch.equal(sparse(x), other(x))
+        state = sparse.state_dict()
+        assert keys == {name for name in state if not name.startswith("weight_")}
+        other.load_state_dict(state)
+        assert torch.equal(sparse(x), other(x))
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*packed_0"):
+            other.load_state_dict({**state, "packed_0": state["weight_values"]})
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_wrong_state_is_refused(form: str) -> None:
     linear, sparse = pair(form)
@@ -144,7 +206,7 @@ def test_wrong_state_is_refused(form: str) -> None:
     refused("Unexpected key.*weight", weight=linear.weight)
     refused("weight", weight_values=good["weight_values"][:-1])
     refused("NaN", weight_values=torch.full_like(good["weight_values"], torch.nan))
-    refused("bias has shape", bias=torch.zeros(3))
+    refused("size mismatch for bias", bias=torch.zeros(3))
     if form == "unstructured":
         refused("row_offsets", weight_row_offsets=good["weight_row_offsets"].flip(0))
         refused("bitmap", weight_bitmap=~good["weight_bitmap"])
@@ -188,6 +250,35 @@ def test_moving_to_another_type_and_device(form: str) -> None:
     assert sparse.to("meta").bias.is_meta and all(t.is_meta for t in (*sparse.parameters(), *sparse.buffers()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d], ids=str)
+def test_packed_values_have_no_memory_format(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    linear, canonical = pair(columns=64, dtype=dtype)
+    x = torch.randn(1, 64, dtype=dtype)
+    for sparse in in_every_layout(canonical):
+        name, values = sparse.layout, next(iter(sparse.parameters()))
+        expected, where = sparse(x), values.data_ptr()
+        assert sparse.to(memory_format=memory_format).layout == name
+        assert all(tensor.is_contiguous() for tensor in (*sparse.parameters(), *sparse.buffers()))
+        assert next(iter(sparse.parameters())) is values and values.data_ptr() == where
+        assert torch.equal(sparse(x), expected) and torch.equal(sparse.weight, linear.weight)
+        shared = sparse.share_memory()
+        assert all(tensor.is_shared() for tensor in (*shared.parameters(), *shared.buffers()))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("form", ["2:4", "unstructured"])
+def test_a_layer_without_rows(form: str) -> None:
+    sparse = SparseLinear.from_linear(nn.Linear(16, 0), form)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            for shape in [(16,), (3, 16), (0, 16)]:
+                assert sparse(torch.randn(shape)).shape == (*shape[:-1], 0)
+            torch.compiler.reset()
+            compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+            assert compiled(torch.randn(3, 16)).shape == (3, 0)
+
+
 class FlippedLayout(type(LAYOUTS["nm"])):
     """Rows from last to first: a layout that is not the canonical one."""
 
@@ -229,9 +320,7 @@ def test_another_layout_computes_the_same_and_saves_the_same(monkeypatch: pytest
 def test_every_layout_of_this_machine_behaves_alike(form: str) -> None:
     linear, canonical = pair(form)
     state, x = canonical.state_dict(), torch.randn(3, 16)
-    kept = canonical.compressed()
-    operator = get_layout(canonical.layout).operator
-    for name in [name for name in layouts_of(operator) if get_layout(name).supports(kept) is None]:
+    for name in [sparse.layout for sparse in in_every_layout(canonical)]:
         sparse = SparseLinear.from_linear(linear, form, layout=name)
         assert sparse.layout == name and torch.equal(sparse.weight, linear.weight)
         close(sparse(x), linear(x), 1e-5)
@@ -243,6 +332,16 @@ def test_every_layout_of_this_machine_behaves_alike(form: str) -> None:
         wide = copy.deepcopy(sparse).double()
         assert torch.equal(wide.weight, linear.weight.double()), name
         assert torch.equal(sparse.to_linear().weight, linear.weight), name
+
+
+def test_a_packed_layout_is_there_from_the_start() -> None:
+    pytest.importorskip("wandapp_kernels.backends.cpu", reason="the compiled CPU kernels are missing")
+    program = (
+        "import torch; from wandapp_kernels.runtime import SparseLinear\n"
+        "linear = torch.nn.Linear(8, 4); linear.weight.data[:, ::2] = 0\n"
+        "assert SparseLinear.from_linear(linear, '2:4', layout='nm_pairs').layout == 'nm_pairs'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -289,11 +388,13 @@ def test_peft_wraps_it_as_a_linear() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_it_compiles_whole(form: str) -> None:
     linear, sparse = pair(form)
-    compiled = torch.compile(sparse, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad():
-        for tokens in (1, 5, 9):
-            x = torch.randn(tokens, 16)
-            close(compiled(x), linear(x), 1e-5)
+    for gradients in (False, True):
+        torch.compiler.reset()
+        compiled = torch.compile(sparse, fullgraph=True, dynamic=True, backend="aot_eager")
+        with torch.set_grad_enabled(gradients):
+            for tokens in (1, 5, 9):
+                x = torch.randn(tokens, 16)
+                close(compiled(x), linear(x), 1e-5)
 
 
 def test_a_type_that_the_layout_cannot_hold_gets_the_canonical_one() -> None:

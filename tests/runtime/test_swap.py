@@ -103,6 +103,21 @@ def test_sparse_experts_that_stay_dense_are_listed() -> None:
     assert "several matrices (experts) in one tensor" in left["model.layers.1.mlp.experts.down_proj"]
 
 
+def test_what_a_swap_would_silence_stays() -> None:
+    seen: list[str] = []
+    hooked, replaced = pruned_linear(), pruned_linear()
+    hooked.register_full_backward_pre_hook(lambda *_: seen.append("backward"))
+    plain = replaced.forward
+    replaced.forward = lambda x: plain(x) + 7
+    model = nn.Sequential(nn.Sequential(hooked), nn.Sequential(replaced))
+    x = torch.randn(2, 16, requires_grad=True)
+    expected = model[1](x)
+    report = sparsify(model)
+    assert "hooks" in report.left_dense["0.0"] and "forward" in report.left_dense["1.0"]
+    model[0](x).sum().backward()
+    assert seen == ["backward"] and torch.equal(model[1](x), expected)
+
+
 def test_a_named_pattern_is_used_where_it_holds() -> None:
     model = nn.Sequential(pruned_linear(pattern="2:4"), pruned_linear(pattern="60%"), pruned_linear(pattern="1:4"))
     report = sparsify(model, "2:4")

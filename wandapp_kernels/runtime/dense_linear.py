@@ -16,9 +16,9 @@ from wandapp_kernels.runtime.kernel_linear import KernelLinear
 class DenseLinear(KernelLinear):
     """An ``nn.Linear`` that lets dispatch choose the product; the Parameters are the original's, tied ones stay tied.
 
-    Tracing, modes, transforms, gradients and autocast get ``nn.functional.linear``; but what ``torch.compile`` makes of
-    a 16-bit layer on the CPU, without gradients, calls the kernel (`ops.linears`). Made by `use_dense_kernels`, which
-    changes the class of a layer in place.
+    Tracing, modes, transforms, gradients and autocast get ``nn.functional.linear``, and so do a weight or a bias of
+    another shape than the layer's; but what ``torch.compile`` makes of a 16-bit layer on the CPU, without gradients,
+    calls the kernel (`ops.linears`). Made by `use_dense_kernels`, which changes the class of a layer in place.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ class DenseLinear(KernelLinear):
             if y is not None:
                 return y
             # At 32 bit dispatch takes torch's product, which the compiler can fuse, unless it measured otherwise.
-            if weight.dtype.itemsize == 2 and traced_without_gradients(input, weight):
+            if weight.dtype.itemsize == 2 and traced_without_gradients(input, weight) and self._fit(weight, self.bias):
                 return linears(input, [([weight], self.bias, self.out_features)], self.in_features, "", DENSE)[0]
         return super().forward(input)
 
@@ -36,7 +36,14 @@ class DenseLinear(KernelLinear):
         weight = self._parameters.get("weight")
         return (self.weight if weight is None else weight,)
 
-    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
+    def _fit(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        # Kernels go by the sizes of the layer, torch by those of the tensors.
+        rows, columns = self.out_features, self.in_features
+        return weight.shape == (rows, columns) and weight.numel() > 0 and (bias is None or bias.shape == (rows,))
+
+    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call | None:
+        if not self._fit(tensors[0], bias):
+            return None
         shape = (self.out_features, self.in_features)
         problem = dispatch.problem_for(*shape, DENSE, x.numel() // x.shape[-1], x.dtype, x.device)
         return dispatch.choose_dense(problem).bind(tensors, bias, shape, None)

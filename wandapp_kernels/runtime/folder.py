@@ -24,6 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from wandapp_kernels.checkpoint.atomic import check_target, new_folder
 from wandapp_kernels.checkpoint.compressed import CompressedFolder, LayerForm, quantization_config, write_tensors
+from wandapp_kernels.checkpoint.format import DTYPES
 from wandapp_kernels.checkpoint.save import RECORD, check_disk_space, share_modes, strip_config, to_json
 from wandapp_kernels.errors import CheckpointError, ModelError, NonFiniteError, SparsityError
 from wandapp_kernels.runtime.choice import fastest_layout
@@ -157,12 +158,14 @@ def save_compressed(
     Raises:
         CheckpointError: the folder cannot be written, or the disk is too full.
         ModelError: nothing in the model is compressed.
+        NonFiniteError: a tensor holds NaN or infinity, which loading would refuse.
     """
     check_target(folder, force)
     layers = {name: layer.form for name, layer in sparse_layers(model)}
     if not layers:
         raise ModelError("no layer of the model is compressed; swap them with sparsify, or save the model dense")
     state = _untied_state(model)
+    _require_finite(state)
     check_disk_space(folder, sum(tensor.nbytes for tensor in state.values()))
     with new_folder(folder, force=force) as partial:
         try:
@@ -192,6 +195,16 @@ def _untied_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         if name in state and source in state and place(state[name]) == place(state[source]):
             del state[name]
     return state
+
+
+def _require_finite(state: dict[str, torch.Tensor]) -> None:
+    for name, tensor in state.items():
+        # No temporaries: NaN passes through aminmax.
+        if tensor.dtype in DTYPES and tensor.numel() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
+            raise NonFiniteError(
+                f"the tensor {name} holds NaN or infinity, and a compressed folder may not; if a cast to "
+                f"{tensor.dtype} made it so, load the model again in a wider type"
+            )
 
 
 def _complete_config(path: Path, model: PreTrainedModel, layers: dict[str, LayerForm]) -> None:

@@ -21,8 +21,8 @@ class KernelLinear(nn.Linear):
         """The tensors of the weight, values first."""
         raise NotImplementedError
 
-    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
-        """The call for x ``[..., K]``, which is on the device of the tensors and in their type."""
+    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call | None:
+        """The call for x ``[..., K]``, on the device of the tensors and in their type; None: no kernel fits."""
         raise NotImplementedError
 
     def held(self) -> Held:
@@ -35,7 +35,7 @@ class KernelLinear(nn.Linear):
     def _run_kernel(self, x: torch.Tensor) -> torch.Tensor | None:
         """``x @ Wᵀ + bias``, or None when this is no plain call on a fitting x ``[..., K]``."""
         held = self.held()
-        if not is_plain(x, held[1]) or not self._takes(x, held):
+        if not is_plain(x, held[1]) or not (tokens := self._tokens(x, held)):
             return None
         marks = marks_of(held)
         if (ahead := shared_input.take(self, x, held, marks)) is not None:
@@ -43,43 +43,51 @@ class KernelLinear(nn.Linear):
         given = x
         if not x.is_contiguous():
             x = x.contiguous()
-        call = self._call(x, held, marks)
+        call = self._call(x, held, marks, tokens)
         if call is None:
             return None
-        if call.kind is None or x.numel() > shared_input.MOST_TOKENS * self.in_features:
+        if call.kind is None or tokens > shared_input.MOST_TOKENS:
             return call(x, held)
         return shared_input.run(self, call, x, given, held)
 
-    def _takes(self, x: torch.Tensor, held: Held) -> bool:
-        values, shape = held[0][0], x.shape
-        fits = len(shape) > 0 and shape[-1] == self.in_features and x.dtype == values.dtype and x.numel() > 0
-        return fits and x.device == values.device
+    def _tokens(self, x: torch.Tensor, held: Held) -> int:
+        """How many x ``[..., K]`` has; 0 when it does not fit the tensors of the weight, or they are no plain ones."""
+        values, bias, shape, columns = held[0][0], held[1], x.shape, self.in_features
+        if not shape or shape[-1] != columns or x.dtype != values.dtype:
+            return 0
+        # Kernels get addresses: they would not see that signs are to be turned.
+        if values.is_neg() or (bias is not None and bias.is_neg()):
+            return 0
+        # Half the time of comparing devices; `_call` does that once, for -1 is the CPU's number and that of meta.
+        if x.get_device() != values.get_device():
+            return 0
+        return x.numel() // columns if columns else 0
 
-    def _call(self, x: torch.Tensor, held: Held, marks: list[Hashable]) -> Call | None:
-        """The call for contiguous x, kept from the last time; None when weight and bias do not go together."""
+    def _call(self, x: torch.Tensor, held: Held, marks: list[Hashable], tokens: int) -> Call | None:
+        """The call for contiguous x, kept from the last time; None when x, weight and bias do not go together."""
         known: _KnownCalls | None = self.__dict__.get(_CALLS)
         now = epoch()
         if known is None or known.marks != marks or known.epoch != now:
             tensors, bias = held
             if bias is not None and (bias.dtype != x.dtype or bias.device != x.device or not bias.is_contiguous()):
                 return None
-            if not all(tensor.is_contiguous() for tensor in tensors):
+            if not all(tensor.device == x.device and tensor.is_contiguous() for tensor in tensors):
                 return None
             known = self.__dict__[_CALLS] = _KnownCalls(marks, now)
-        key = ((x.numel() // self.in_features - 1).bit_length(), torch.get_num_threads())
+        key = ((tokens - 1).bit_length(), torch.get_num_threads())
         call = known.calls.get(key)
-        if call is None:
-            call = known.calls[key] = self._find_call(x, *held)
+        if call is None and (call := self._find_call(x, *held)) is not None:
+            known.calls[key] = call
         return call
 
     def call_ahead(self, x: torch.Tensor) -> tuple[Call, Held, list[Hashable]] | None:
         """The call that a plain forward of contiguous x would make now, if it would make one."""
         held = tensors, bias = self.held()
         learning = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, bias) if t is not None)
-        if learning or not self._takes(x, held):
+        if learning or not (tokens := self._tokens(x, held)):
             return None
         marks = marks_of(held)
-        call = self._call(x, held, marks)
+        call = self._call(x, held, marks, tokens)
         return None if call is None else (call, held, marks)
 
     @property

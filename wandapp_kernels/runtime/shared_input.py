@@ -4,6 +4,7 @@ Nothing is said about the model: a layer that is called with the very tensor tha
 becomes that layer's follower. From then on its product is computed along with the leader's, and handed over when it is
 asked for, provided that neither the input nor the follower has changed in between. A leader whose followers were not
 asked for several times in a row computes nothing ahead any more. Every thread has its own memory of the last input.
+Inputs and weights that were made in inference mode are left out: they do not count their changes.
 
 A change of the values through ``.data`` or NumPy, between two layers that share an input, is not noticed.
 """
@@ -79,9 +80,13 @@ def _state(x: torch.Tensor) -> tuple[Hashable, ...]:
     return x._version, x.data_ptr(), x.shape, epoch()
 
 
-def _versions(held: Held) -> list[int]:
+def _versions(held: Held) -> list[int] | None:
+    """How often each tensor was changed; None where one, made in inference mode, does not count that."""
     tensors, bias = held
-    return [t._version for t in (*tensors, bias) if t is not None and not t.is_inference()]
+    try:
+        return [t._version for t in (*tensors, bias) if t is not None]
+    except RuntimeError:
+        return None
 
 
 def take(layer: KernelLinear, x: torch.Tensor, held: Held, marks: list[Hashable]) -> torch.Tensor | None:
@@ -127,13 +132,13 @@ def run(layer: KernelLinear, call: Call, x: torch.Tensor, given: torch.Tensor, h
             found = None if follower is None else follower.call_ahead(x)
         except WandappError:  # the follower will say so itself
             found = None
-        if found is not None and found[0].kind == call.kind:
-            others.append((member, *found))
+        if found is not None and found[0].kind == call.kind and (versions := _versions(found[1])) is not None:
+            others.append((member, *found, versions))
     if not others:
         return call(x, held)
-    y, *products = call.run_together(x, [(other, its) for _, other, its, _ in others], held)
+    y, *products = call.run_together(x, [(other, its) for _, other, its, *_ in others], held)
     last.ahead = tuple(
-        _Ahead(member, marks, _versions(its), product)
-        for (member, _, its, marks), product in zip(others, products, strict=True)
+        _Ahead(member, marks, versions, product)
+        for (member, _, _, marks, versions), product in zip(others, products, strict=True)
     )
     return y

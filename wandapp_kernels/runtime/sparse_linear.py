@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from wandapp_kernels import dispatch
-from wandapp_kernels.backends import Call
+from wandapp_kernels.backends import Call, load_backends
 from wandapp_kernels.checkpoint.compressed import LayerForm
 from wandapp_kernels.checkpoint.format import (
     UNSTRUCTURED,
@@ -23,7 +24,7 @@ from wandapp_kernels.checkpoint.format import (
 )
 from wandapp_kernels.errors import NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.ops import bitmap_linear, nm_linear
-from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
+from wandapp_kernels.ops.layouts import CANONICAL, LAYOUTS, CompressedWeight, get_layout
 from wandapp_kernels.ops.linears import linears, traced_without_gradients
 from wandapp_kernels.runtime.kernel_linear import KernelLinear
 from wandapp_kernels.sparsity import Pattern
@@ -168,13 +169,18 @@ class SparseLinear(KernelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (y := self._run_kernel(x)) is not None:
             return y
+        if not self.out_features:  # no kernel takes it
+            return functional.linear(x, x.new_empty(0, self.in_features), self.bias)
         if traced_without_gradients(x, self._tensors()[0]):
             pattern = "" if self.pattern == UNSTRUCTURED else self.pattern
             weight = (self._tensors(), self.bias, self.out_features)
             return linears(x, [weight], self.in_features, pattern, self._layout)[0]
+        # In eager mode the operators hand addresses over, which know nothing of signs to be turned.
+        tensors = [tensor.resolve_neg() for tensor in self._tensors()]
+        bias = None if self.bias is None else self.bias.resolve_neg()
         if self.pattern == UNSTRUCTURED:
-            return bitmap_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self._layout)
-        return nm_linear(x, self._tensors(), self.bias, self.out_features, self.in_features, self.pattern, self._layout)
+            return bitmap_linear(x, tensors, bias, self.out_features, self.in_features, self._layout)
+        return nm_linear(x, tensors, bias, self.out_features, self.in_features, self.pattern, self._layout)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -216,11 +222,15 @@ class SparseLinear(KernelLinear):
         except KeyError:  # a replica of nn.DataParallel has plain attributes
             return self._tensors()
 
-    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call:
+    def _find_call(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Call | None:
+        if not self.out_features:
+            return None
         pattern = "" if self.pattern == UNSTRUCTURED else self.pattern
         return dispatch.bind(x, tensors, bias, self.shape, pattern, self._layout)
 
     def _hold(self, weight: CompressedWeight, layout: str) -> None:
+        if layout not in LAYOUTS:
+            load_backends()  # whose layout it may be
         found = get_layout(layout)
         reason = f"it is for {found.operator}" if found.operator != self._operator else found.supports(weight)
         if reason is not None:
@@ -242,7 +252,17 @@ class SparseLinear(KernelLinear):
         probe = torch.empty(0, dtype=self._dtype, device=self._tensors()[0].device)
         moved = fn(probe)
         if moved.dtype == probe.dtype and moved.device == probe.device:
-            return super()._apply(fn, recurse)  # type: ignore[return-value]
+            held = {id(tensor) for tensor in self._tensors()}
+
+            def apply(tensor: torch.Tensor) -> torch.Tensor:
+                # Packed values may have the dimensions of images, but no memory format.
+                if tensor.dim() < 4 or id(tensor) not in held:
+                    return fn(tensor)
+                flat = tensor.flatten()
+                applied = fn(flat)
+                return tensor if applied is flat else applied.view(tensor.shape)
+
+            return super()._apply(apply, recurse)  # type: ignore[return-value]
         # A packed layout may depend on the type or the device: go through the canonical form.
         layout, weight = self.layout, self.compressed()
         self._hold(weight, CANONICAL[self._operator])
@@ -253,13 +273,16 @@ class SparseLinear(KernelLinear):
             self.set_layout(layout)
         return self
 
-    # state_dict, canonical whatever the layout
+    # state_dict: the weight canonical whatever the layout, the rest as in any module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        others: dict[str, Any] = {}
+        super()._save_to_state_dict(others, prefix, keep_vars)
+        for name in self._tensor_names:
+            del others[prefix + name]
         for name, tensor in to_tensors(self.compressed()).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        destination.update(others)
 
     def _load_from_state_dict(
         self,
@@ -271,40 +294,31 @@ class SparseLinear(KernelLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = tensor_names(self.pattern)
-        known = {*names, *(("bias",) if self.bias is not None else ())}
-        own = {key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)}
+        keys = {name: prefix + name for name in tensor_names(self.pattern)}
+        given = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if len(given) == len(keys):
+            try:
+                self._load_weight(given, local_metadata.get("assign_to_params_buffers", False))
+            except (SparsityError, NonFiniteError) as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+                return
+        packed = {prefix + name for name in self._tensor_names} - set(keys.values())
         if strict:
-            unexpected_keys.extend(key for name, key in own.items() if name not in known)
-        if absent := sorted(known - own.keys()):
-            missing_keys.extend(prefix + name for name in absent)
-            return
-        given = {name: state_dict[prefix + name] for name in names}
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        try:
-            weight = from_tensors(given, self.shape, self.pattern)
-            weight.validate()
-            if not assign:
-                weight = weight.to(device=self._tensors()[0].device, dtype=self._dtype)
-        except (SparsityError, NonFiniteError) as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-            return
-        if self.bias is not None and not self._load_bias(state_dict[prefix + "bias"], assign):
-            error_msgs.append(f"{prefix}bias has shape {tuple(state_dict[prefix + 'bias'].shape)}")
-            return
-        copied = weight if assign else from_tensors({k: t.clone() for k, t in to_tensors(weight).items()}, *self._form)
-        self._hold(copied, self.layout)
+            missing_keys.extend(key for name, key in keys.items() if name not in given)
+            unexpected_keys.extend(sorted(packed & state_dict.keys()))
+        weights = packed | set(keys.values())
+        others = {key: value for key, value in state_dict.items() if key not in weights}
+        absent: list[str] = []
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
+        missing_keys.extend(key for key in absent if key not in weights)
 
-    @property
-    def _form(self) -> tuple[tuple[int, int], str]:
-        return self.shape, self.pattern
-
-    def _load_bias(self, bias: torch.Tensor, assign: bool) -> bool:
-        if bias.shape != (self.out_features,):
-            return False
-        if assign:
-            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-        else:
-            with torch.no_grad():
-                self.bias.copy_(bias)
-        return True
+    def _load_weight(self, given: Mapping[str, torch.Tensor], assign: bool) -> None:
+        weight = from_tensors(given, self.shape, self.pattern)
+        weight.validate()
+        device, layout = self._tensors()[0].device, self._layout
+        if not assign:
+            cast = to_tensors(weight.to(device=device, dtype=self._dtype))
+            weight = from_tensors({name: tensor.clone() for name, tensor in cast.items()}, self.shape, self.pattern)
+        elif weight.values.device != device or get_layout(layout).supports(weight) is not None:
+            layout = CANONICAL[self._operator]
+        self._hold(weight, layout)

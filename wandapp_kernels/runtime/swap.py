@@ -88,9 +88,10 @@ def sparsify(
     One layer at a time: its compressed weight is made, the layer replaced, and the dense weight freed before the next
     is looked at. Looked at are ``nn.Linear`` and transformers' ``Conv1D``. A layer stays dense, and the report says
     why, when its weight is shared with another module, breaks the pattern, has too few zeros, holds NaN or infinity, or
-    would take as many bytes compressed. Layers that are compressed already stay as they are. Plain ``nn.Linear`` that
-    stay dense become `DenseLinear`, with the same Parameters and the dense kernel that is fastest at few tokens. The
-    model's config records what is compressed; nothing else in the model changes.
+    would take as many bytes compressed, or when it has hooks or a replaced ``forward``. Layers that are compressed
+    already stay as they are. Plain ``nn.Linear`` that stay dense become `DenseLinear`, with the same Parameters and the
+    dense kernel that is fastest at few tokens. The model's config records what is compressed; nothing else in the model
+    changes.
 
     Args:
         model: any module; on any device.
@@ -227,8 +228,11 @@ def _swap(
     """Swap one layer and enter it in the report; or return why it stays dense."""
     if type(layer) not in (nn.Linear, DenseLinear, Conv1D):
         return f"a {type(layer).__name__} may not compute what nn.Linear does"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or hasattr(layer, "_hf_hook"):
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(hooks) or hasattr(layer, "_hf_hook"):
         return "it has hooks, which the swap would lose"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced, which the swap would lose"
     dense = layer.weight
     assert isinstance(dense, torch.Tensor)
     if dense.is_meta or dense.dtype not in DTYPES:
