@@ -221,6 +221,27 @@ def test_a_layer_changed_after_it_was_computed_ahead(calls: list[int], change: s
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_new_weight_in_the_place_of_a_freed_one(calls: list[int], bias: bool) -> None:
+    """Address, shape and version are those of the weight that was multiplied; only the tensor is another."""
+    model = Attention(torch.bfloat16, bias)
+    model.k.weight = nn.Parameter(model.k.weight.data, requires_grad=False)
+    use_dense_kernels(model)
+    for _ in range(2):
+        model(torch.randn(1, 2, 64).bfloat16())
+    x = torch.randn(1, 2, 64).bfloat16()
+    calls.clear()
+    model.q(x)
+    assert calls == [3]
+    before = model.k.weight
+    before.data.mul_(2)
+    model.k.weight = nn.Parameter(before.data, requires_grad=False)
+    assert model.k.weight._version == before._version and model.k.weight.data_ptr() == before.data_ptr()
+    torch.testing.assert_close(model.k(x), nn.functional.linear(x, model.k.weight, model.k.bias), rtol=0.02, atol=0.02)
+    assert calls == [3, 1]
+
+
+@torch.no_grad()
 def test_weights_made_in_inference_mode_are_not_computed_ahead(calls: list[int]) -> None:
     with torch.inference_mode():
         model = Attention(torch.float32)

@@ -157,7 +157,7 @@ def save_compressed(
 
     Raises:
         CheckpointError: the folder cannot be written, or the disk is too full.
-        ModelError: nothing in the model is compressed.
+        ModelError: nothing in the model is compressed, or tensors that its config ties differ.
         NonFiniteError: a tensor holds NaN or infinity, which loading would refuse.
     """
     check_target(folder, force)
@@ -192,8 +192,14 @@ def _untied_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     state: dict[str, torch.Tensor] = model.state_dict()
     for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        if name in state and source in state and place(state[name]) == place(state[source]):
-            del state[name]
+        if name not in state or source not in state:
+            continue
+        if place(state[name]) != place(state[source]) and not torch.equal(state[name], state[source]):
+            raise ModelError(
+                f"{name} differs from {source}, but the model's config ties them, so that loading would replace it; "
+                "set config.tie_word_embeddings = False"
+            )
+        del state[name]
     return state
 
 

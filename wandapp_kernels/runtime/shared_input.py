@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -58,6 +58,7 @@ class _Ahead(NamedTuple):
     """A product computed ahead, and what it was computed from."""
 
     owner: weakref.ref[KernelLinear]
+    tensors: list[weakref.ref[torch.Tensor]]  # marks alone may be those of a new tensor in the place of a freed one
     marks: list[Hashable]
     versions: list[int]
     product: torch.Tensor
@@ -80,11 +81,15 @@ def _state(x: torch.Tensor) -> tuple[Hashable, ...]:
     return x._version, x.data_ptr(), x.shape, epoch()
 
 
+def _present(held: Held) -> Sequence[torch.Tensor]:
+    tensors, bias = held
+    return tensors if bias is None else (*tensors, bias)
+
+
 def _versions(held: Held) -> list[int] | None:
     """How often each tensor was changed; None where one, made in inference mode, does not count that."""
-    tensors, bias = held
     try:
-        return [t._version for t in (*tensors, bias) if t is not None]
+        return [tensor._version for tensor in _present(held)]
     except RuntimeError:
         return None
 
@@ -100,7 +105,10 @@ def take(layer: KernelLinear, x: torch.Tensor, held: Held, marks: list[Hashable]
             leader = last.leader() if last.leader is not None else None
             if not last.ahead and leader is not None:
                 leader.followers.misses = 0
-            return found.product if found.marks == marks and found.versions == _versions(held) else None
+            if found.marks != marks or found.versions != _versions(held):
+                return None
+            same = all(ref() is tensor for ref, tensor in zip(found.tensors, _present(held), strict=True))
+            return found.product if same else None
     return None
 
 
@@ -138,7 +146,7 @@ def run(layer: KernelLinear, call: Call, x: torch.Tensor, given: torch.Tensor, h
         return call(x, held)
     y, *products = call.run_together(x, [(other, its) for _, other, its, *_ in others], held)
     last.ahead = tuple(
-        _Ahead(member, marks, versions, product)
-        for (member, _, _, marks, versions), product in zip(others, products, strict=True)
+        _Ahead(member, [weakref.ref(tensor) for tensor in _present(its)], marks, versions, product)
+        for (member, _, its, marks, versions), product in zip(others, products, strict=True)
     )
     return y

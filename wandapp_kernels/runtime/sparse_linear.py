@@ -26,6 +26,8 @@ from wandapp_kernels.errors import NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.ops import bitmap_linear, nm_linear
 from wandapp_kernels.ops.layouts import CANONICAL, LAYOUTS, CompressedWeight, get_layout
 from wandapp_kernels.ops.linears import linears, traced_without_gradients
+from wandapp_kernels.ops.operator import is_compiling
+from wandapp_kernels.runtime.decompressed_weight import DecompressedWeight
 from wandapp_kernels.runtime.kernel_linear import KernelLinear
 from wandapp_kernels.sparsity import Pattern
 
@@ -42,7 +44,7 @@ class SparseLinear(KernelLinear):
     without gradient, the others are buffers. The kernel is chosen call by call (`wandapp_kernels.dispatch`). Gradients
     flow to ``x`` and to the bias, so adapters train on top of it.
 
-    `weight` is decompressed anew whenever it is read: writing into it changes nothing, and assigning it is refused.
+    `weight` is decompressed anew whenever it is read: writing into it and assigning it are refused.
     Whatever the layout, ``state_dict()`` holds the canonical tensors (``docs/format.md``): ``weight_values`` with
     ``weight_indices``, or with ``weight_bitmap`` and ``weight_row_offsets``, and ``bias``; ``load_state_dict``
     checks them and takes nothing else.
@@ -116,7 +118,7 @@ class SparseLinear(KernelLinear):
 
     def to_linear(self) -> nn.Linear | Conv1D:
         """The dense layer, bit for bit: an ``nn.Linear``, or the ``Conv1D`` it was made from. Shares the bias."""
-        dense = self.weight
+        dense = self._decompress()
         linear: nn.Linear | Conv1D
         with torch.device("meta"):
             if self.transposed:
@@ -130,8 +132,9 @@ class SparseLinear(KernelLinear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The dense weight ``[out, in]``, decompressed now: a copy that is nobody's Parameter."""
-        return get_layout(self.layout).decompress(self._tensors(), self.shape, self._nm)
+        """The dense weight ``[out, in]``, decompressed now: a copy that is nobody's Parameter and cannot be written."""
+        dense = self._decompress()
+        return dense if is_compiling() else dense.as_subclass(DecompressedWeight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -211,6 +214,9 @@ class SparseLinear(KernelLinear):
     @property
     def _nm(self) -> Pattern | None:
         return None if self.pattern == UNSTRUCTURED else Pattern.parse(self.pattern)
+
+    def _decompress(self) -> torch.Tensor:
+        return get_layout(self.layout).decompress(self._tensors(), self.shape, self._nm)
 
     def _tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in self._tensor_names]
