@@ -1,4 +1,4 @@
-// What the AVX2 and the AVX-512 kernels share: sizes and outputs.
+// What the AVX2 and the AVX-512 kernels share: sizes, outputs, and how rows of a bitmap are read.
 #pragma once
 
 #include "expand.h"
@@ -30,6 +30,48 @@ struct Output {
     out[token * stride + row] = narrow<T>(bias == nullptr ? value : value + widen(bias[row]));
   }
 };
+
+// ---- bitmap
+
+// pshufb controls that spread the next kept values of 16 bits over 8 columns; bit 7 gives the zero of a removed one.
+struct ShuffleTable {
+  alignas(64) uint8_t control[256][16];
+  constexpr ShuffleTable() : control() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int kept = 0;
+      for (int column = 0; column < 8; ++column) {
+        const bool keep = (mask >> column & 1) != 0;
+        control[mask][2 * column] = static_cast<uint8_t>(keep ? 2 * kept : 0x80);
+        control[mask][2 * column + 1] = static_cast<uint8_t>(keep ? 2 * kept + 1 : 0x80);
+        kept += keep ? 1 : 0;
+      }
+    }
+  }
+};
+constexpr ShuffleTable kShuffles;
+
+// Columns of a row that was spread.
+template <int64_t multiple>
+int64_t padded(int64_t cols) {
+  return ceil_div(cols, multiple) * multiple;
+}
+
+// Room for `rows` rows that were spread, and for the copy of readable_row.
+template <class T, int64_t multiple, int64_t rows>
+size_t bitmap_scratch(int64_t cols) {
+  return static_cast<size_t>(padded<multiple>(cols) * (rows + 1) + multiple) * sizeof(T);
+}
+
+// The row's values with at least a vector of readable ones after the last.
+template <int64_t vector, class T>
+const T* readable_row(const Matrix& matrix, int64_t r, T* copy) {
+  const T* row = static_cast<const T*>(matrix.values) + matrix.offsets[r];
+  const int64_t kept = matrix.offsets[r + 1] - matrix.offsets[r];
+  if (matrix.offsets[r + 1] + vector <= matrix.offsets[matrix.rows]) return row;
+  if (kept > 0) std::memcpy(copy, row, static_cast<size_t>(kept) * sizeof(T));
+  std::memset(static_cast<void*>(copy + kept), 0, vector * sizeof(T));
+  return copy;
+}
 
 }  // namespace
 }  // namespace wandapp
