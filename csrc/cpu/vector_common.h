@@ -62,15 +62,37 @@ size_t bitmap_scratch(int64_t cols) {
   return static_cast<size_t>(padded<multiple>(cols) * (rows + 1) + multiple) * sizeof(T);
 }
 
-// The row's values with at least a vector of readable ones after the last.
+[[maybe_unused]] inline int64_t count_bits(const uint8_t* bytes, int64_t size) {
+  int64_t bits = 0, b = 0;
+  for (; b + 8 <= size; b += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + b, sizeof(word));
+    bits += __builtin_popcountll(word);
+  }
+  for (; b < size; ++b) bits += __builtin_popcount(bytes[b]);
+  return bits;
+}
+
+// readable_row near the end of the weight. Not inlined: that would slow down the loop over the other rows.
+template <int64_t vector, class T>
+[[gnu::noinline]] const T* readable_last_row(const Matrix& matrix, int64_t r, T* copy) {
+  const T* row = static_cast<const T*>(matrix.values) + matrix.offsets[r];
+  const int64_t bytes = ceil_div(matrix.cols, 8);
+  const int64_t bits = count_bits(static_cast<const uint8_t*>(matrix.meta) + r * bytes, bytes);
+  if (matrix.offsets[r] + bits + vector <= matrix.offsets[matrix.rows]) return row;
+  const int64_t kept = matrix.offsets[r + 1] - matrix.offsets[r];
+  if (kept > 0) std::memcpy(copy, row, static_cast<size_t>(kept) * sizeof(T));
+  std::memset(static_cast<void*>(copy + kept), 0, static_cast<size_t>(8 * bytes + vector - kept) * sizeof(T));
+  return copy;
+}
+
+// The row's values, with a vector of readable ones after as many as its bitmap asks for: nobody has compared its bits
+// with the offsets. They are counted only where too many could lead out of the weight.
 template <int64_t vector, class T>
 const T* readable_row(const Matrix& matrix, int64_t r, T* copy) {
-  const T* row = static_cast<const T*>(matrix.values) + matrix.offsets[r];
-  const int64_t kept = matrix.offsets[r + 1] - matrix.offsets[r];
-  if (matrix.offsets[r + 1] + vector <= matrix.offsets[matrix.rows]) return row;
-  if (kept > 0) std::memcpy(copy, row, static_cast<size_t>(kept) * sizeof(T));
-  std::memset(static_cast<void*>(copy + kept), 0, vector * sizeof(T));
-  return copy;
+  const bool inside = matrix.offsets[r] + padded<8>(matrix.cols) + vector <= matrix.offsets[matrix.rows];
+  return inside ? static_cast<const T*>(matrix.values) + matrix.offsets[r]
+                : readable_last_row<vector>(matrix, r, copy);
 }
 
 }  // namespace
