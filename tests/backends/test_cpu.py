@@ -6,9 +6,11 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -47,6 +49,19 @@ def two_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def in_a_forked_child(passes: Callable[[], bool]) -> int:
+    """The exit status of a child: 0 where ``passes()`` is true there. A child that hangs is ended by an alarm."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(60)
+            status = 0 if passes() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def check(case, outputs) -> None:
@@ -91,17 +106,17 @@ def test_calls_from_several_threads_at_once(two_threads):
         for layout in ("bitmap", cpu.WINDOWS.layout, cpu.NM_LAYOUT, "dense")
     ]
     expected = [run(case) for case in cases]
-    wrong = []
+    right = []
 
     def repeat(case, want):
-        wrong.extend(1 for _ in range(100) if not torch.equal(run(case), want))
+        right.extend(torch.equal(run(case), want) for _ in range(100))
 
     workers = [threading.Thread(target=repeat, args=pair) for pair in zip(cases, expected, strict=True)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert not wrong
+    assert len(right) == 100 * len(cases) and all(right)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -109,10 +124,15 @@ def test_a_forked_child_computes_too(two_threads):
     torch.set_num_threads(2)
     case = make_case("bitmap", torch.float32, 1, 900, 576)
     want = run(case)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(run(case), want) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert in_a_forked_child(lambda: torch.equal(run(case), want)) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_ends_whatever_happens_in_it():
+    def fails() -> bool:
+        raise RuntimeError("in the child")
+
+    assert in_a_forked_child(lambda: False) == in_a_forked_child(fails) == 1
 
 
 @pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.WINDOWS, cpu.DENSE], ids=lambda backend: backend.name)
