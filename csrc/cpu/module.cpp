@@ -160,6 +160,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("has_amx", &has_amx, "Whether the variant amx, which variants() leaves out, was built and runs here.");
   module.def("has_fast_bf16_gemm", &wandapp::has_fast_bf16_gemm, "AMX-BF16 or AVX512-BF16.");
   module.def("parallel_backend", &wandapp::parallel_backend, "Whose threads work: \"openmp\" (torch's) or \"own\".");
+  module.def("leave_openmp", &wandapp::leave_openmp, "Use own threads from now on: for a forked child.");
   py::class_<Bound>(module, "Bound", "A weight and its bias by address, checked once.")
       .def(py::init(&bind), py::arg("variant"), py::arg("format"), py::arg("type"), py::arg("values"),
            py::arg("meta"), py::arg("offsets"), py::arg("bias"), py::arg("rows"), py::arg("cols"));

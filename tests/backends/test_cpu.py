@@ -135,6 +135,26 @@ def test_a_forked_child_ends_whatever_happens_in_it():
     assert in_a_forked_child(lambda: False) == in_a_forked_child(fails) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_forked_before_the_kernels_are_loaded_leaves_openmp_alone():
+    script = (
+        "import os, signal, torch, wandapp_kernels\n"
+        "torch.set_num_threads(2)\n"
+        "torch.ones(4000, 1000).sum(0)  # the parent's OpenMP has threads\n"
+        "x, weight = torch.ones(1, 1024), torch.eye(1024)  # in the child torch itself would hang\n"
+        "child = os.fork()\n"
+        "if child:\n"
+        "    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "signal.alarm(60)\n"
+        "from wandapp_kernels.backends.cpu import compiled\n"
+        "assert compiled._cpu.parallel_backend() == 'own'\n"
+        "outputs = compiled.linear('dense', x, [([weight], None, (1024, 1024))])\n"
+        "assert torch.equal(outputs[0], x)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.WINDOWS, cpu.DENSE], ids=lambda backend: backend.name)
 def test_run_many_is_run_of_each(backend):
     cases = [make_case(backend.layout, torch.bfloat16, 2, rows, 341, bias=rows != 5) for rows in (33, 5, 64)]

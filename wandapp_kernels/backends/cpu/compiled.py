@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+import wandapp_kernels
 from wandapp_kernels import _cpu  # type: ignore[attr-defined]
 from wandapp_kernels.backends.base import choices_changed
 from wandapp_kernels.errors import UsageError
@@ -45,6 +46,9 @@ def choose_variant(wanted: str | None = None) -> str:
         raise UsageError(f"{VARIABLE} is {wanted!r}, but this machine runs only: {', '.join(available)}")
     return wanted
 
+
+if wandapp_kernels._forked:
+    _cpu.leave_openmp()
 
 _variant_name = choose_variant()
 _variant = dict(_cpu.variants())[_variant_name]
