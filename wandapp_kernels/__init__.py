@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from wandapp_kernels.integrations.after_import import after_import
@@ -12,6 +13,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["SparseLinear", "__version__", "desparsify", "evaluate", "load", "prune", "save", "sparsify", "swiglu"]
+
+
+# Whether this process was forked after the import of the package. The compiled kernels watch for forks themselves, but
+# only once they are loaded, and a child that loads them first must know that its parent's OpenMP threads are gone.
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,38 +6,31 @@
 namespace wandapp {
 namespace {
 
-// pshufb controls for 8 columns of 16 bits, and lane numbers for 8 columns of 32 bits; a removed column has bit 7 set.
-struct ExpandTables {
-  alignas(64) uint8_t words[256][16];
-  alignas(64) int8_t lanes[256][8];
-};
-
-constexpr ExpandTables make_tables() {
-  ExpandTables tables{};
-  for (int mask = 0; mask < 256; ++mask) {
-    int kept = 0;
-    for (int column = 0; column < 8; ++column) {
-      const bool keep = (mask >> column & 1) != 0;
-      tables.words[mask][2 * column] = static_cast<uint8_t>(keep ? 2 * kept : 0x80);
-      tables.words[mask][2 * column + 1] = static_cast<uint8_t>(keep ? 2 * kept + 1 : 0x80);
-      tables.lanes[mask][column] = static_cast<int8_t>(keep ? kept : -128);
-      kept += keep ? 1 : 0;
+// Lane numbers that spread the next kept values of 32 bits over 8 columns; a removed column is negative.
+struct LaneTable {
+  alignas(64) int8_t of[256][8];
+  constexpr LaneTable() : of() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int8_t kept = 0;
+      for (int column = 0; column < 8; ++column) {
+        of[mask][column] = (mask >> column & 1) != 0 ? kept++ : int8_t{-128};
+      }
     }
   }
-  return tables;
-}
+};
+constexpr LaneTable kLaneNumbers;
 
-constexpr ExpandTables kTables = make_tables();
+constexpr int64_t kLoaded = 8;
 
-// 8 columns from the kept values at p. Reads 8 values, however many are kept.
+// 8 columns from the kept values at p. Reads kLoaded values, however many are kept.
 __m128i expand_words(const void* p, uint32_t mask) {
   return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(p)),
-                          _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.words[mask])));
+                          _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.control[mask])));
 }
 
 __m256 expand_floats(const float* p, uint32_t mask) {
   int64_t lanes;
-  std::memcpy(&lanes, kTables.lanes[mask], sizeof(lanes));
+  std::memcpy(&lanes, kLaneNumbers.of[mask], sizeof(lanes));
   const __m256i index = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(lanes));
   const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index);
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(index, 31)), spread);
@@ -82,17 +75,6 @@ void for_chunks(const uint8_t* bitmap, int64_t cols, Ahead ahead, Body body) {
   }
 }
 
-// The row's values with at least 8 readable ones after the last.
-template <class T>
-const T* readable_row(const Matrix& matrix, int64_t r, T* copy) {
-  const T* row = static_cast<const T*>(matrix.values) + matrix.offsets[r];
-  const int64_t kept = matrix.offsets[r + 1] - matrix.offsets[r];
-  if (matrix.offsets[r + 1] + 8 <= matrix.offsets[matrix.rows]) return row;
-  if (kept > 0) std::memcpy(copy, row, static_cast<size_t>(kept) * sizeof(T));
-  std::memset(static_cast<void*>(copy + kept), 0, 8 * sizeof(T));
-  return copy;
-}
-
 template <class T, int M>
 void bitmap_row(const T* values, const uint8_t* bitmap, int64_t cols, const Tokens& tokens, int64_t r,
                 const Output<T>& output) {
@@ -124,19 +106,12 @@ void store(float* row, const Chunk& chunk) {
   _mm256_storeu_ps(row + 8, chunk.second);
 }
 
-int64_t padded(int64_t cols) { return ceil_div(cols, kChunk) * kChunk; }
-
-template <class T>
-size_t bitmap_scratch(int64_t cols) {
-  return static_cast<size_t>(padded(cols) * (kDenseRows + 1) + kChunk) * sizeof(T);
-}
-
 // Few tokens: spread and multiply at once. More: spread 4 rows into the cache, then multiply them as dense ones.
 template <class T>
 void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t count, int64_t first,
                 int64_t last, void* scratch) {
   const int64_t bytes = ceil_div(matrix.cols, 8);
-  const int64_t width = padded(matrix.cols);
+  const int64_t width = padded<kChunk>(matrix.cols);
   const uint8_t* bitmap = static_cast<const uint8_t*>(matrix.meta);
   T* rows = static_cast<T*>(scratch);
   T* copy = rows + width * kDenseRows;
@@ -144,7 +119,7 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
   const Output<T> output(matrix, first_token);
   if (count <= kMaxTokens) {
     for (int64_t r = first; r < last; ++r) {
-      const T* values = readable_row(matrix, r, copy);
+      const T* values = readable_row<kLoaded>(matrix, r, copy);
       for_token_groups(count, [&](auto m_count, int64_t) {
         bitmap_row<T, m_count>(values, bitmap + r * bytes, matrix.cols, tokens, r, output);
       });
@@ -154,7 +129,7 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
   for (int64_t r = first; r < last; r += kDenseRows) {
     const int64_t block = at_most(last - r, kDenseRows);
     for (int64_t i = 0; i < block; ++i) {
-      const T* values = readable_row(matrix, r + i, copy);
+      const T* values = readable_row<kLoaded>(matrix, r + i, copy);
       const auto ahead = [&] { prefetch(values); };
       for_chunks(bitmap + (r + i) * bytes, matrix.cols, ahead, [&](int64_t k, uint32_t mask) {
         store(rows + i * width + k, expand(values, mask));
@@ -165,7 +140,8 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
 }
 
 template <class T>
-constexpr Kernel kBitmap{kDenseRows, 1, token_bytes, prepare<T, true>, bitmap_scratch<T>, run_bitmap<T>};
+constexpr Kernel kBitmap{
+    kDenseRows, 1, token_bytes, prepare<T, true>, bitmap_scratch<T, kChunk, kDenseRows>, run_bitmap<T>};
 
 }  // namespace
 }  // namespace wandapp

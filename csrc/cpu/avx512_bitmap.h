@@ -17,22 +17,6 @@ template <class T>
   return expand_words(mask, load_words(p));
 }
 #else
-struct ShuffleTable {
-  alignas(64) uint8_t control[256][16];
-  constexpr ShuffleTable() : control() {
-    for (int mask = 0; mask < 256; ++mask) {
-      int kept = 0;
-      for (int column = 0; column < 8; ++column) {
-        const bool keep = (mask >> column & 1) != 0;
-        control[mask][2 * column] = static_cast<uint8_t>(keep ? 2 * kept : 0x80);
-        control[mask][2 * column + 1] = static_cast<uint8_t>(keep ? 2 * kept + 1 : 0x80);
-        kept += keep ? 1 : 0;
-      }
-    }
-  }
-};
-constexpr ShuffleTable kShuffles{};
-
 // Where each quarter starts comes from a prefix of the mask, not from the quarter before: they do not wait for each
 // other.
 template <class T>
@@ -52,18 +36,6 @@ uint32_t load_mask(const uint8_t* bitmap, int64_t bytes) {
   uint32_t mask = 0;
   std::memcpy(&mask, bitmap, static_cast<size_t>(bytes));
   return mask;
-}
-
-// The row's values with at least a vector of readable ones after the last.
-template <class T>
-const T* readable_row(const Matrix& matrix, int64_t r, T* copy) {
-  constexpr int64_t kSlack = Lanes<T>::kCount;
-  const T* row = static_cast<const T*>(matrix.values) + matrix.offsets[r];
-  const int64_t kept = matrix.offsets[r + 1] - matrix.offsets[r];
-  if (matrix.offsets[r + 1] + kSlack <= matrix.offsets[matrix.rows]) return row;
-  if (kept > 0) std::memcpy(copy, row, static_cast<size_t>(kept) * sizeof(T));
-  std::memset(static_cast<void*>(copy + kept), 0, kSlack * sizeof(T));
-  return copy;
 }
 
 template <class T, int M>
@@ -95,20 +67,13 @@ void bitmap_row(const T* values, const uint8_t* bitmap, int64_t cols, const Toke
   sums.put(output, 0, r);
 }
 
-int64_t padded(int64_t cols) { return ceil_div(cols, kPaddedCols) * kPaddedCols; }
-
-template <class T>
-size_t bitmap_scratch(int64_t cols) {
-  return static_cast<size_t>(padded(cols) * (kRows + 1) + kPaddedCols) * sizeof(T);
-}
-
 // Few tokens: spread and multiply at once. More: spread 4 rows into the cache, then multiply them as dense ones.
 template <class T>
 void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t count, int64_t first,
                 int64_t last, void* scratch) {
   using L = Lanes<T>;
   const int64_t bytes = ceil_div(matrix.cols, 8);
-  const int64_t width = padded(matrix.cols);
+  const int64_t width = padded<kPaddedCols>(matrix.cols);
   const uint8_t* bitmap = static_cast<const uint8_t*>(matrix.meta);
   T* rows = static_cast<T*>(scratch);
   T* copy = rows + width * kRows;
@@ -117,7 +82,7 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
   for (int64_t r = first; r < last; r += kRows) {
     const int64_t block = at_most(last - r, kRows);
     for (int64_t i = 0; i < block; ++i) {
-      const T* values = readable_row(matrix, r + i, copy);
+      const T* values = readable_row<L::kCount>(matrix, r + i, copy);
       const uint8_t* row_bitmap = bitmap + (r + i) * bytes;
       if (count == 1) bitmap_row<T, 1>(values, row_bitmap, matrix.cols, tokens, r + i, output);
       if (count == 2) bitmap_row<T, 2>(values, row_bitmap, matrix.cols, tokens, r + i, output);
@@ -136,7 +101,7 @@ void run_bitmap(const Matrix& matrix, const void* prepared, int64_t first_token,
 }
 
 template <class T>
-constexpr Kernel kBitmap{kRows, 1, token_bytes<T>, prepare<T>, bitmap_scratch<T>, run_bitmap<T>};
+constexpr Kernel kBitmap{kRows, 1, token_bytes<T>, prepare<T>, bitmap_scratch<T, kPaddedCols, kRows>, run_bitmap<T>};
 
 }  // namespace
 }  // namespace wandapp

@@ -34,7 +34,8 @@ template <>
 template <>
 [[maybe_unused]] inline void put(Fp16* row, int64_t column, Fp16 value) { row[column] = value; }
 
-// Zeros from column `from` on. Each function below writes the columns of row r from `from` on, a multiple of 4, 16 or 8.
+// Zeros from column `from` on. Each function below writes the columns of row r from `from` on, a multiple of 4, 16 or 8,
+// and none after the last, whatever positions or bits it finds.
 template <class Out>
 void clear(const Matrix& matrix, Out* row, int64_t from) {
   std::memset(static_cast<void*>(row + from), 0, static_cast<size_t>(matrix.cols - from) * sizeof(Out));
@@ -46,9 +47,11 @@ void expand_nm(const Matrix& matrix, int64_t r, Out* row, int64_t from) {
   const int64_t kept = kept_per_row(matrix.cols);
   const T* values = static_cast<const T*>(matrix.values) + r * kept;
   const uint8_t* meta = static_cast<const uint8_t*>(matrix.meta) + r * ceil_div(kept, 4);
-  for (int64_t i = from / kGroup * 2; i < kept; ++i) {
-    const int64_t position = meta[i / 4] >> (i % 4 * 2) & 3;
-    put(row, i / 2 * kGroup + position, values[i]);
+  const auto column = [&](int64_t i) { return i / 2 * kGroup + (meta[i / 4] >> (i % 4 * 2) & 3); };
+  int64_t i = from / kGroup * 2;
+  for (; i < matrix.cols / kGroup * 2; ++i) put(row, column(i), values[i]);
+  for (; i < kept; ++i) {
+    if (column(i) < matrix.cols) put(row, column(i), values[i]);
   }
 }
 
@@ -86,11 +89,17 @@ void expand_bitmap(const Matrix& matrix, int64_t r, Out* row, int64_t from, cons
   clear(matrix, row, from);
   const int64_t bytes = ceil_div(matrix.cols, 8);
   const uint8_t* bitmap = static_cast<const uint8_t*>(matrix.meta) + r * bytes;
-  for (int64_t b = from / 8; b < bytes; ++b) {
+  const T* end = static_cast<const T*>(matrix.values) + matrix.offsets[matrix.rows];
+  const auto spread = [&](int64_t b, auto safe) {
     for (uint32_t bits = bitmap[b]; bits != 0; bits &= bits - 1) {
-      put(row, b * 8 + __builtin_ctz(bits), *values++);
+      const int64_t column = b * 8 + __builtin_ctz(bits);
+      if (!safe && (column >= matrix.cols || values == end)) return;
+      put(row, column, *values++);
     }
-  }
+  };
+  int64_t b = from / 8;
+  for (; b < matrix.cols / 8 && end - values >= 8; ++b) spread(b, std::true_type());
+  for (; b < bytes; ++b) spread(b, std::false_type());
 }
 
 }  // namespace

@@ -139,6 +139,16 @@ Decompress find_decompress(Variant variant, Format format, Type type) {
   return plain_decompress(format, type);
 }
 
+bool offsets_fit(const int64_t* offsets, int64_t rows, int64_t cols, int64_t values) {
+  // The top bit is set by a step back, or on by more than `cols`. (A comparison would not be made into vectors.)
+  uint64_t wrong = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint64_t step = static_cast<uint64_t>(offsets[r + 1]) - static_cast<uint64_t>(offsets[r]);
+    wrong |= step | (static_cast<uint64_t>(cols) - step);
+  }
+  return wrong >> 63 == 0 && offsets[0] == 0 && offsets[rows] == values;
+}
+
 bool linear(const Kernel& few, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
             int64_t tokens, int threads) {
   const Kernel& kernel = few.many != nullptr && tokens >= few.many_tokens ? *few.many : few;

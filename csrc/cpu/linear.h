@@ -17,6 +17,9 @@ const Kernel* find_kernel(Variant variant, Format format, Type type);
 bool linear(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
             int64_t tokens, int threads);
 
+// Whether the offsets of a bitmap weight with `values` values keep its kernels inside their memory.
+bool offsets_fit(const int64_t* offsets, int64_t rows, int64_t cols, int64_t values);
+
 // The fastest that the variant's processor runs; there is one for every format.
 Decompress find_decompress(Variant variant, Format format, Type type);
 

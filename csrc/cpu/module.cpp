@@ -74,6 +74,10 @@ Bound bind(Variant variant, Format format, Type type, uintptr_t values, uintptr_
           matrix};
 }
 
+bool offsets_fit(uintptr_t offsets, int64_t rows, int64_t cols, int64_t values) {
+  return wandapp::offsets_fit(reinterpret_cast<const int64_t*>(offsets), rows, cols, values);
+}
+
 bool linear(const std::vector<const Bound*>& bound, uintptr_t x, int64_t tokens, const std::vector<uintptr_t>& outs,
             int threads) {
   if (bound.empty() || bound.size() != outs.size() || tokens < 1)
@@ -156,9 +160,12 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("has_amx", &has_amx, "Whether the variant amx, which variants() leaves out, was built and runs here.");
   module.def("has_fast_bf16_gemm", &wandapp::has_fast_bf16_gemm, "AMX-BF16 or AVX512-BF16.");
   module.def("parallel_backend", &wandapp::parallel_backend, "Whose threads work: \"openmp\" (torch's) or \"own\".");
+  module.def("leave_openmp", &wandapp::leave_openmp, "Use own threads from now on: for a forked child.");
   py::class_<Bound>(module, "Bound", "A weight and its bias by address, checked once.")
       .def(py::init(&bind), py::arg("variant"), py::arg("format"), py::arg("type"), py::arg("values"),
            py::arg("meta"), py::arg("offsets"), py::arg("bias"), py::arg("rows"), py::arg("cols"));
+  module.def("offsets_fit", &offsets_fit, py::arg("offsets"), py::arg("rows"), py::arg("cols"), py::arg("values"),
+             "Whether a bitmap weight's offsets ascend from 0 to the number of values, a row by the columns at most.");
   module.def("linear", &linear, py::arg("bound"), py::arg("x"), py::arg("tokens"), py::arg("outs"),
              py::arg("threads"),
              "x W^T + bias into the out of every matrix; false when x is not finite (sparse formats only).");

@@ -21,7 +21,7 @@ using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads,
 std::atomic<bool> forked{false};
 
 #if !defined(_WIN32)
-// When the module is loaded: the parent may use OpenMP through torch alone.
+// When the module is loaded, for the parent may use OpenMP through torch alone. A fork before that: leave_openmp.
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
@@ -49,6 +49,8 @@ void parallel_for(int64_t pieces, int threads, const std::function<void(int64_t)
   }
   job.rethrow();
 }
+
+void leave_openmp() { forked = true; }
 
 const char* parallel_backend() { return openmp() != nullptr ? "openmp" : "own"; }
 

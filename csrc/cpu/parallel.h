@@ -14,6 +14,10 @@ namespace wandapp {
 // of this module's (thread_pool.h).
 void parallel_for(int64_t pieces, int threads, const std::function<void(int64_t)>& piece);
 
+// From now on the threads are this module's own: for a module that is loaded in a forked child, where it cannot know
+// whether the parent used OpenMP.
+void leave_openmp();
+
 // Which threads those are: "openmp" or "own". For tests.
 const char* parallel_backend();
 

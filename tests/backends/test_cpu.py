@@ -6,9 +6,11 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,10 +21,11 @@ from hypothesis import strategies as st
 pytest.importorskip("wandapp_kernels._cpu", reason="the compiled CPU kernels are missing")
 
 from tests.csrc_cpu.cpu_cases import EPSILON, TYPES, make_case, two_four_mask
-from wandapp_kernels import _cpu
+from wandapp_kernels import _cpu, dispatch
 from wandapp_kernels.backends import Problem, cpu
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.ops.bitmap_linear import bitmap_linear
 from wandapp_kernels.ops.layouts import LAYOUTS
 from wandapp_kernels.sparsity import NMWeight
 
@@ -46,6 +49,19 @@ def two_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def in_a_forked_child(passes: Callable[[], bool]) -> int:
+    """The exit status of a child: 0 where ``passes()`` is true there. A child that hangs is ended by an alarm."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(60)
+            status = 0 if passes() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def check(case, outputs) -> None:
@@ -90,17 +106,17 @@ def test_calls_from_several_threads_at_once(two_threads):
         for layout in ("bitmap", cpu.WINDOWS.layout, cpu.NM_LAYOUT, "dense")
     ]
     expected = [run(case) for case in cases]
-    wrong = []
+    right = []
 
     def repeat(case, want):
-        wrong.extend(1 for _ in range(100) if not torch.equal(run(case), want))
+        right.extend(torch.equal(run(case), want) for _ in range(100))
 
     workers = [threading.Thread(target=repeat, args=pair) for pair in zip(cases, expected, strict=True)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert not wrong
+    assert len(right) == 100 * len(cases) and all(right)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -108,10 +124,35 @@ def test_a_forked_child_computes_too(two_threads):
     torch.set_num_threads(2)
     case = make_case("bitmap", torch.float32, 1, 900, 576)
     want = run(case)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(run(case), want) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert in_a_forked_child(lambda: torch.equal(run(case), want)) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_ends_whatever_happens_in_it():
+    def fails() -> bool:
+        raise RuntimeError("in the child")
+
+    assert in_a_forked_child(lambda: False) == in_a_forked_child(fails) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_forked_before_the_kernels_are_loaded_leaves_openmp_alone():
+    script = (
+        "import os, signal, torch, wandapp_kernels\n"
+        "torch.set_num_threads(2)\n"
+        "torch.ones(4000, 1000).sum(0)  # the parent's OpenMP has threads\n"
+        "x, weight = torch.ones(1, 1024), torch.eye(1024)  # in the child torch itself would hang\n"
+        "child = os.fork()\n"
+        "if child:\n"
+        "    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "signal.alarm(60)\n"
+        "from wandapp_kernels.backends.cpu import compiled\n"
+        "assert compiled._cpu.parallel_backend() == 'own'\n"
+        "outputs = compiled.linear('dense', x, [([weight], None, (1024, 1024))])\n"
+        "assert torch.equal(outputs[0], x)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.WINDOWS, cpu.DENSE], ids=lambda backend: backend.name)
@@ -177,7 +218,7 @@ def test_what_does_not_fit_is_refused():
     refused("tensor 1", tensors=[values, bitmap[:-1], offsets])
     refused("tensor 1", tensors=[values, bitmap.to(torch.int16), offsets])
     refused("tensor 2", tensors=[values, bitmap, offsets[1:]])
-    refused("row_offsets ends", tensors=[values[:-1], bitmap, offsets])
+    refused("row_offsets must ascend", tensors=[values[:-1], bitmap, offsets])
     refused("3 tensors", tensors=[values, bitmap])
     refused("bias", bias=torch.zeros(9, dtype=torch.bfloat16))
     refused("bias", bias=torch.zeros(8))
@@ -195,6 +236,49 @@ def test_what_does_not_fit_is_refused():
         compiled.Bound("bitmap", case.tensors, None, shape, torch.bfloat16, variant="sse")
     with pytest.raises(UsageError, match="int8"):
         compiled.decompress("nm", [torch.zeros(8, 4, dtype=torch.int8), torch.zeros(8, 1, dtype=torch.uint8)], (8, 8))
+
+
+OFFSETS = {  # of 8 rows with 70 columns, whose last offset is the number of values
+    "far away": lambda offsets: offsets.index_fill_(0, torch.tensor(1), 10**9),
+    "before the first": lambda offsets: offsets.index_fill_(0, torch.tensor(0), -(10**9)),
+    "overflowing": lambda offsets: offsets.index_fill_(0, torch.tensor(3), -(2**63)),
+    "descending": lambda offsets: offsets[1:-1].copy_(offsets[1:-1].flip(0)),
+    "longer than a row": lambda offsets: offsets[1:].fill_(int(offsets[-1])),
+    "not from 0": lambda offsets: offsets[0].fill_(1),
+}
+
+
+@pytest.mark.parametrize("damage", OFFSETS)
+def test_offsets_that_lead_outside_the_values_are_refused(use_variant, damage: str):
+    case = make_case("bitmap", torch.bfloat16, 1, 8, 70)
+    values, bitmap, offsets = (tensor.clone() for tensor in case.tensors)
+    OFFSETS[damage](offsets)
+    for name in VARIANTS:
+        use_variant(name)
+        with dispatch.only("cpu"), pytest.raises(UsageError, match="row_offsets must ascend from 0"):
+            bitmap_linear(case.x, [values, bitmap, offsets], None, 8, 70)
+
+
+def test_a_bitmap_that_does_not_follow_its_offsets_leads_nowhere(use_variant):
+    """The values are followed by others in memory, which no result may show."""
+    values = torch.full((1000,), float("inf"))[:70].fill_(1.0)
+    bitmap, offsets = torch.full((8, 9), 0xFF, dtype=torch.uint8), torch.tensor([0, *[0] * 7, 70])
+    x = torch.ones(1, 70)
+    for name in VARIANTS:
+        use_variant(name)
+        out = compiled.linear("bitmap", x, [([values, bitmap, offsets], None, (8, 70))])
+        assert out is not None and out[0].isfinite().all()
+        for layout, tensors in (("bitmap", [values, bitmap, offsets]), ("nm", illegal_positions())):
+            rows = torch.full((8 * 70 + 64,), -1.0)
+            compiled.decompress_into(
+                rows[: 8 * 70].view(8, 70), compiled.Bound(layout, tensors, None, (8, 70), x.dtype), 0
+            )
+            assert bool((rows[8 * 70 :] == -1).all())
+
+
+def illegal_positions() -> list[torch.Tensor]:
+    """A 2:4 weight of 8 rows and 70 columns: every value claims the last column of its group, the ragged one too."""
+    return [torch.ones(8, 36), torch.full((8, 9), 0xFF, dtype=torch.uint8)]
 
 
 def test_the_module_refuses_ranges_and_variants_by_itself():

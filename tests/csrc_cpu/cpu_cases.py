@@ -26,6 +26,7 @@ class Case:
     dense: torch.Tensor
     tensors: list[torch.Tensor]
     bias: torch.Tensor | None
+    damaged: bool = False  # the tensors are not those of `dense`: no result is expected
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,7 +82,8 @@ def write_cases(path: Path, cases: Iterable[Case]) -> None:
         file.write(struct.pack("<q", len(cases)))
         for case in cases:
             finite = bool(case.x.isfinite().all()) or case.layout == "dense"
-            head = (FORMATS.index(case.layout), TYPES.index(case.x.dtype), *case.x.shape[:1], *case.shape, finite)
+            result = 2 if case.damaged else int(finite)
+            head = (FORMATS.index(case.layout), TYPES.index(case.x.dtype), *case.x.shape[:1], *case.shape, result)
             file.write(struct.pack("<6q", *head))
             tensors = [*case.tensors, torch.empty(0), torch.empty(0)][:3]
             bias = torch.empty(0) if case.bias is None else case.bias

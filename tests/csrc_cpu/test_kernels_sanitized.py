@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,28 @@ def test_an_infinite_weight_stays_in_its_row(driver: Path, tmp_path: Path):
         cases.append(case)
     write_cases(tmp_path / "cases", cases)
     run(driver, tmp_path / "cases")
+
+
+@pytest.mark.parametrize("columns", [1, 17, 65, 66, 67, 128, 200, 577])
+def test_damaged_weights_read_and_write_nothing_outside(driver: Path, tmp_path: Path, columns: int):
+    """Columns that are not there, bits without a value, values without a bit (wrong offsets are refused in Python)."""
+    cases = []
+    for dtype, tokens in itertools.product(TYPES, (1, 3, 6)):
+        for layout in ("nm", "nm_pairs"):
+            case = make_case(layout, dtype, tokens, 5, columns)
+            case.tensors[1].fill_(255 if layout == "nm" else -1)
+            cases.append(case)
+        for byte, density in itertools.product((0, 0xFF, 0xA5), (0, 0.1, 0.9, 1)):
+            case = make_case("bitmap", dtype, tokens, 5, columns, density)
+            case.tensors[1].fill_(byte)
+            cases.append(case)
+        for row in range(5):  # one row has all the values
+            case = make_case("bitmap", dtype, tokens, 5, columns)
+            offsets = torch.where(torch.arange(6) > row, columns, 0)
+            values = torch.ones(columns, dtype=dtype)
+            cases.append(replace(case, tensors=[values, case.tensors[1], offsets]))
+    write_cases(tmp_path / "cases", [replace(case, damaged=True) for case in cases])
+    assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.nn import functional
 
-from wandapp_kernels.backends.base import DENSE, DENSE_OPERATOR, Backend, Call, Held, Problem
+from wandapp_kernels.backends.base import DENSE, Backend, Call, Held, Problem
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.sparsity.pattern import Pattern
 
@@ -71,7 +71,11 @@ class CpuLinear(CompiledBackend):
         self.default_tokens = 16 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else _UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
-        return _reason(problem, self.operator)
+        if problem.operator != self.operator:
+            return f"it runs {self.operator}, not {problem.operator}"
+        if self.operator == "nm_linear" and problem.pattern != "2:4":
+            return f"its kernel is for 2:4, not for {problem.pattern}"
+        return _reason(problem)
 
 
 class CpuWindows(CpuLinear):
@@ -116,7 +120,10 @@ class CpuStrips(Backend):
 
 
 class CpuDense(CompiledBackend):
-    """The dense kernel, written as the sparse ones: what they are compared with, and what dense layers should use."""
+    """The dense kernel, written as the sparse ones: what they are compared with, and what dense layers should use.
+
+    It takes a problem of any operator, with the weight decompressed.
+    """
 
     name = "cpu-dense"
     layout = DENSE
@@ -124,7 +131,7 @@ class CpuDense(CompiledBackend):
     default_tokens = 16 if compiled.has_fast_bf16_gemm() else _UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
-        return _reason(problem, DENSE_OPERATOR, also=problem.operator)
+        return _reason(problem)
 
 
 class CpuCall(Call):
@@ -149,15 +156,11 @@ class CpuCall(Call):
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
-def _reason(problem: Problem, operator: str, also: str | None = None) -> str | None:
+def _reason(problem: Problem) -> str | None:
     if problem.device_type != "cpu":
         return f"it runs on the CPU, not on {problem.device}"
-    if problem.operator not in (operator, also):
-        return f"it runs {operator}, not {problem.operator}"
     if problem.dtype not in compiled.TYPES:
         return f"it takes bf16, fp16 and fp32, not {problem.dtype}"
-    if operator == "nm_linear" and problem.pattern != "2:4":
-        return f"its kernel is for 2:4, not for {problem.pattern}"
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+import wandapp_kernels
 from wandapp_kernels import _cpu  # type: ignore[attr-defined]
 from wandapp_kernels.backends.base import choices_changed
 from wandapp_kernels.errors import UsageError
@@ -45,6 +46,9 @@ def choose_variant(wanted: str | None = None) -> str:
         raise UsageError(f"{VARIABLE} is {wanted!r}, but this machine runs only: {', '.join(available)}")
     return wanted
 
+
+if wandapp_kernels._forked:
+    _cpu.leave_openmp()
 
 _variant_name = choose_variant()
 _variant = dict(_cpu.variants())[_variant_name]
@@ -223,7 +227,12 @@ def addresses(
     """Addresses of values, positions and offsets (0: none), and the tensors to keep alive meanwhile.
 
     Raises:
-        UsageError: a tensor has the wrong type or number of elements for the shape, or is not on the CPU.
+        UsageError: a tensor has the wrong type or number of elements for the shape, or is not on the CPU; offsets lead
+            outside the values.
+
+    Offsets are not looked at again: they must stay as they are. Positions and bits are not checked, for that would read
+    the whole weight; a wrong one gives wrong results, but no kernel leaves its memory for it. Only the words of
+    ``bitmap_windows`` must be those that were packed.
     """
     rows, columns = shape
     chunks, tiles = -(-columns // PAIRS_CHUNK), -(-columns // PAIRS_TILE)
@@ -258,8 +267,11 @@ def addresses(
         tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
         kept.append(tensor)
         found[i] = tensor.data_ptr()
-    if layout == "bitmap" and int(kept[2][-1]) != kept[0].numel():
-        raise UsageError(f"row_offsets ends at {int(kept[2][-1])}, but there are {kept[0].numel()} values")
+    if layout == "bitmap" and not _cpu.offsets_fit(found[2], rows, columns, kept[0].numel()):
+        raise UsageError(
+            f"row_offsets must ascend from 0 to {kept[0].numel()}, the number of values, by at most {columns} a row: "
+            "validate() names what is wrong"
+        )
     if layout == "bitmap_windows":
         first, last, each = int(kept[2][0]), int(kept[2][-1]), kept[2].diff()
         if first != 0 or last != kept[1].numel() or bool((each < 0).any()) or bool((each % 2 != 0).any()):
