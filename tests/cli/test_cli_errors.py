@@ -76,6 +76,21 @@ def test_other_wrong_requests_give_2(arguments: list[str], message: str, capsys)
 
 
 @pytest.mark.parametrize(
+    ("out", "save", "how"),
+    [("same", "same", "the same folder"), ("a", "a/model", "inside one another"), ("a/../b/report", "b", "inside")],
+)
+def test_a_report_and_a_model_that_would_replace_each_other(
+    out: str, save: str, how: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "a").mkdir()
+    folders = ["--out", str(tmp_path / out), "--save", str(tmp_path / save)]
+    for force in ([], ["--force"]):
+        assert main(["compare", "glass-0.9m", *folders, *force]) == 2
+        assert how in one_line(capsys)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],

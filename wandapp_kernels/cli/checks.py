@@ -55,6 +55,15 @@ def seconds(value: float) -> None:
         raise UsageError(f"--seconds is {value:g}, but must be 0 or more")
 
 
+def apart(folders: dict[str, Path]) -> None:
+    """Refuse two folders, by option, of which writing one would replace the other or what is in it."""
+    (first, one), (second, other) = folders.items()
+    here, there = one.resolve(), other.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        how = "the same folder" if here == there else "inside one another"
+        raise UsageError(f"{first} {one} and {second} {other} are {how}, and each is replaced whole; name two folders")
+
+
 def plot(path: Path) -> None:
     """Refuse a file that no plot can be written to."""
     if path.suffix.lower() not in _PLOTS:

@@ -113,6 +113,8 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     for folder in (arguments.out, arguments.save):
         if folder:
             check_target(folder, arguments.force)
+    if arguments.out and arguments.save:
+        checks.apart({"--out": arguments.out, "--save": arguments.save})
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
     if not methods:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
