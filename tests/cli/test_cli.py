@@ -150,7 +150,8 @@ def test_every_option_of_prune_reaches_the_settings(text: str, tmp_path: Path) -
     record = json.loads((tmp_path / "out/wandapp.json").read_text())
     settings, optimizer = record["settings"], record["settings"].pop("optimizer")
     assert (
-        settings | {"seed": 11, "pattern": "4:8", "method": "wanda", "criterion": "rgs", "update": "sparsegpt"}
+        settings
+        | {"seed": 11, "pattern": "4:8", "method": "rgs+sparsegpt+ro", "criterion": "rgs", "update": "sparsegpt"}
         == settings
     )
     assert settings | {"alpha": 7.0, "x_norm": "mean", "recompute_gradient": True, "sequential": True} == settings
@@ -241,6 +242,18 @@ def test_compare_prints_a_table_and_writes_the_report(text: str, few: list[str],
     html = (out / "report.html").read_text(encoding="utf-8")
     assert html.startswith("<!DOCTYPE html>") and "wanda++" in html and report["text_hash"] in html
     assert not re.search(r"https?:|<script|<link|<img|src=|@import|url\(", html)
+
+
+def test_methods_are_named_and_counted_by_what_runs(few: list[str], text: str, tmp_path: Path, capsys) -> None:
+    other = ["--method", "wanda++", "--score", "magnitude", "--no-regional-optimizer", "--out", str(tmp_path / "out")]
+    assert main(["prune", "glass-0.9m", *few, *other]) == 0
+    printed = capsys.readouterr()
+    assert ": magnitude 2:4, " in printed.out and "magnitude: block 4/4" in printed.err
+    record = json.loads((tmp_path / "out/wandapp.json").read_text())
+    assert record["method"] == record["settings"]["method"] == "magnitude"
+    methods = ["--methods", "wanda,magnitude,wanda,ria", "--score", "wanda", "--json", str(tmp_path / "report.json")]
+    assert main(["compare", "glass-0.9m", *few, *methods, "--text", text, "--eval-tokens", "100", "--quiet"]) == 0
+    assert [entry["method"] for entry in json.loads((tmp_path / "report.json").read_text())["methods"]] == ["wanda"]
 
 
 def test_help_and_version(capsys) -> None:

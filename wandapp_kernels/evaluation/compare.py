@@ -87,7 +87,8 @@ def compare(
     finished = {entry["method"] for entry in result["methods"]}
     for chosen in settings:
         if chosen.method in finished:
-            continue
+            continue  # equal names mean the same composition, given twice
+        finished.add(chosen.method)
         loaded = load()
         report = prune_blocks(
             loaded.model,
