@@ -138,37 +138,3 @@ def _composition(command: argparse.ArgumentParser) -> None:
     group.add_argument("--ro-target", choices=("pruned", "dense"), help="which stream the dense output is taken on")
     group.add_argument("--ro-loss", choices=("sum", "token"), help="squared error, or relative to each token's energy")
     group.add_argument("--ro-norms", action=argparse.BooleanOptionalAction, help="also train norm weights and biases")
-
-
-_OPTIMIZER_FIELDS = {
-    "rounds": "rounds",
-    "ro_samples": "samples",
-    "ro_batch": "batch",
-    "algorithm": "algorithm",
-    "relative_lr": "relative_lr",
-    "lr": "absolute_lr",
-    "schedule": "schedule",
-    "ro_mask": "mask",
-    "zero_grad": "zero_grad",
-    "ro_target": "target",
-    "ro_loss": "loss",
-    "ro_norms": "norms",
-}
-
-
-def changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the user changed about the method, as keywords of ``build_settings``; nothing that was left alone."""
-    optimizer = {
-        field: value for name, field in _OPTIMIZER_FIELDS.items() if (value := getattr(arguments, name)) is not None
-    }
-    found: dict[str, Any] = {
-        name: value
-        for name in ("score", "update", "regional_optimizer", "preset", "alpha", "x_norm", "self_calibration")
-        if (value := getattr(arguments, name)) is not None
-    }
-    for name in ("recompute_gradient", "sequential"):
-        if getattr(arguments, name):
-            found[name] = True
-    if optimizer:
-        found["optimizer"] = optimizer
-    return found

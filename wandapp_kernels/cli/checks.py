@@ -49,6 +49,12 @@ def fraction(value: float, option: str) -> None:
         raise UsageError(f"{option} is {value:g}, but must be between 0 and 1")
 
 
+def seed(value: int) -> None:
+    """Refuse what torch's generators do not take."""
+    if not -(2**63) <= value < 2**64:
+        raise UsageError(f"--seed is {value}, but must be a number of at most 64 bits")
+
+
 def seconds(value: float) -> None:
     """Refuse a time that has passed or has no end."""
     if not (math.isfinite(value) and value >= 0):

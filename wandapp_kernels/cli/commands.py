@@ -13,15 +13,14 @@ from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
 from wandapp_kernels.checkpoint.inspect import inspect_folder
 from wandapp_kernels.checkpoint.save import save_pruned, to_json
 from wandapp_kernels.cli import checks
-from wandapp_kernels.cli.arguments import changes
 from wandapp_kernels.cli.bars import ProgressDisplay
+from wandapp_kernels.cli.method_options import changes, settings
 from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evaluation_tokens
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_texts
 from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, context_length
 from wandapp_kernels.models.bundled import quiet_transformers
 from wandapp_kernels.models.load import LoadedModel, load_model
-from wandapp_kernels.pruning.methods import build_all, build_settings
 from wandapp_kernels.pruning.walk import device_name, versions
 from wandapp_kernels.report.page import write_report
 from wandapp_kernels.report.tables import (
@@ -38,7 +37,7 @@ from wandapp_kernels.runtime.swap import desparsify
 def prune(arguments: argparse.Namespace) -> None:
     """``wandapp prune MODEL --out DIR``"""
     check_target(arguments.out, arguments.force)
-    build_settings(arguments.method, arguments.sparsity, **changes(arguments))  # wrong usage shows at once
+    (chosen,) = settings(arguments, [arguments.method])
     device = checks.device(arguments.device)
     loaded = _load_dense(arguments)
     tokens = _calibration(arguments, loaded)
@@ -51,7 +50,7 @@ def prune(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         ignore=arguments.ignore,
         device=device,
-        progress=lambda where: display(arguments.method, where),
+        progress=lambda where: display(chosen.method, where),
         **changes(arguments),
     )
     display.close()
@@ -118,7 +117,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
     if not methods:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
-    build_all(methods, arguments.sparsity, **changes(arguments))
+    settings(arguments, methods)
     device = checks.device(arguments.device)
     loaded = _load(arguments)
     tokens = _calibration(arguments, loaded)
