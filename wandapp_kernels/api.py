@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import evaluate
+from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
 from wandapp_kernels.pruning.methods import build_settings
@@ -69,7 +70,8 @@ def prune(
         What was done to every layer, and what it cost.
 
     Raises:
-        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape or range, a swapped model.
+        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape or range, a swapped model,
+            an ``ignore`` that is no layer's name.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
     """
@@ -78,6 +80,7 @@ def prune(
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
     settings = build_settings(method, sparsity, seed=seed, ignore=tuple(ignore), **changes)
     _check_tokens(model, ids)
+    check_ignored(model, ignore)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
 
@@ -86,7 +89,7 @@ def save(
     model: PreTrainedModel,
     tokenizer: Any,
     folder: str | Path,
-    report: PruneReport | None = None,
+    report: PruneReport | Mapping[str, Any] | None = None,
     *,
     force: bool = False,
 ) -> None:
@@ -95,11 +98,16 @@ def save(
     A dense model is written with its zeros, for every tool to read; a swapped one compressed (``docs/format.md``), for
     ``load`` to read.
 
+    Args:
+        report: how the model was pruned: what ``prune`` returned or, of a model that was loaded pruned, the ``record``
+            of what ``load`` returned. Without one the folder has no ``wandapp.json``.
+
     Raises:
         CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
     """
     write = save_compressed if any(sparse_layers(model)) else save_pruned
-    write(model, tokenizer, Path(folder), report.to_dict() if report else {}, force=force)
+    record = report.to_dict() if isinstance(report, PruneReport) else dict(report or {})
+    write(model, tokenizer, Path(folder), record, force=force)
 
 
 def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
