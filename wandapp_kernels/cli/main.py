@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _COMMANDS[arguments.command](arguments)
         return 0
     except KeyboardInterrupt:
-        print("wandapp: interrupted; nothing was written", file=sys.stderr)
+        print(f"wandapp: interrupted; {getattr(arguments, 'kept', 'no result was written')}", file=sys.stderr)
         return 130
     except Exception as error:
         if arguments.debug:
