@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from wandapp_kernels import dispatch
+from wandapp_kernels.backends import BACKENDS, DENSE, UNSTRUCTURED, load_backends
 from wandapp_kernels.checkpoint.atomic import check_file
 from wandapp_kernels.errors import UsageError
 
@@ -32,6 +34,23 @@ def device(asked: str | None) -> torch.device:
     if (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {asked!r} cannot be used: torch finds {torch.cuda.device_count()} GPUs, from cuda:0")
     return found
+
+
+def backend(asked: str, place: torch.device) -> None:
+    """Refuse what is neither ``auto`` nor ``dense`` nor a family of backends of which one runs on the device."""
+    if asked in ("auto", DENSE):
+        return
+    load_backends()
+    problems = [
+        dispatch.problem_for(4096, 4096, pattern, tokens, dtype, place, 0.5)
+        for pattern in ("2:4", UNSTRUCTURED)
+        for tokens in (1, 512)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    here = {one.name.partition("-")[0] for one in BACKENDS.values() if any(one.supports(p) is None for p in problems)}
+    choices = ["auto", DENSE, *sorted(here - {DENSE}), "reference"]
+    if asked not in choices:
+        raise UsageError(f"--backend is {asked!r}, but what runs on {place} is {', '.join(choices)}")
 
 
 def dtypes(asked: str) -> list[str]:
