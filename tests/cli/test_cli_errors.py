@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,26 @@ def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch, capsys) -> None
     monkeypatch.setattr(commands, "load_model", stop)
     assert main(["eval", "glass-0.9m"]) == 130
     assert "interrupted" in one_line(capsys)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_gone_is_no_error(lines: int) -> None:
+    code = (
+        "import sys; from wandapp_kernels.cli import commands, main\n"
+        "commands.inspect_folder = lambda _: {}\n"
+        f"commands.format_inspection = lambda *_, **__: 'a line\\n' * {lines}\n"
+        "sys.stdin.read()\n"
+        "sys.exit(main(['inspect', '.']))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdin and running.stdout and running.stderr
+        running.stdout.close()
+        running.stdin.close()
+        assert running.stderr.read() == ""
+        assert running.wait() == 141
 
 
 def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
