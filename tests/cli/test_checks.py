@@ -10,6 +10,7 @@ import torch
 from pruned_models import pruned_model
 
 from wandapp_kernels.cli import checks, main
+from wandapp_kernels.cli.arguments import parser
 from wandapp_kernels.errors import CheckpointError, UsageError
 
 
@@ -120,6 +121,13 @@ def test_a_folder_that_is_no_model(tmp_path: Path, capsys) -> None:
     for model in (str(tmp_path / "none"), str(tmp_path), ""):
         assert main(["tune", model, "--no-tune"]) == 1
         assert repr(str(tmp_path / "none")) in (line := one_line(capsys)) or "config.json" in line or "''" in line
+
+
+def test_types_have_short_names() -> None:
+    assert checks.dtypes("bf16, float32,fp32,fp16,fp64") == ["bfloat16", "float32", "float16", "float64"]
+    for command in (["prune", "m", "--out", "o"], ["eval", "m"], ["compare", "m"], ["convert", "m", "o"]):
+        assert parser().parse_args([*command, "--dtype", "bf16"]).dtype == "bfloat16"
+    assert parser().parse_args(["generate", "m", "--prompt", "x", "--dtype", "fp16"]).dtype == "float16"
 
 
 def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:

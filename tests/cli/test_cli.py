@@ -192,6 +192,12 @@ def test_a_folder_of_transformers_is_pruned_inspected_and_evaluated(text: str, t
     assert re.match(r".*text.txt \(evaluation\): perplexity [\d,.]+", capsys.readouterr().out)
 
 
+def test_a_bundled_model_is_inspected(tmp_path: Path, capsys) -> None:
+    assert main(["inspect", "glass-0.9m", "--json", str(tmp_path / "inspect.json")]) == 0
+    assert "no wandapp.json" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "inspect.json").read_text())["layers"]) == 28
+
+
 def test_eval_prints_and_writes_each_text(text: str, tmp_path: Path, capsys) -> None:
     command = ["eval", "glass-0.9m", "--text", f"{text}, wiki", "--tokens", "500", "--seqlen", "64"]
     assert main([*command, "--split", "development", "--json", str(tmp_path / "eval.json")]) == 0
@@ -316,6 +322,7 @@ def test_help_and_version(capsys) -> None:
     for arguments, words in (
         (["--version"], [__version__]),
         (["--help"], ["prune", "eval", "compare", "inspect"]),
+        (["bench", "linear", "--help"], ["powers of two"]),
         (["prune", "--help"], [*METHODS, "--regional-optimizer", "--no-regional-optimizer", "--ignore"]),
     ):
         with pytest.raises(SystemExit) as stopped:

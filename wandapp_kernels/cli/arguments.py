@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from wandapp_kernels import __version__
+from wandapp_kernels.cli import checks
+from wandapp_kernels.models.bundled import BUNDLED
 from wandapp_kernels.pruning.criteria import CRITERIA
 from wandapp_kernels.pruning.methods import METHODS
 from wandapp_kernels.pruning.updates import UPDATES
@@ -80,13 +82,15 @@ def _compare(command: argparse.ArgumentParser) -> None:
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", metavar="DIR", help=f"a folder, or a bundled model: {', '.join(BUNDLED)}")
     command.add_argument("--layers", action="store_true", help="one row per layer instead of one per kind")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
 
 
 def _loading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", default="auto", help="load weights as float32, bfloat16, … (default: as stored)")
+    command.add_argument(
+        "--dtype", type=checks.dtype, default="auto", help="load weights as float32, bfloat16, … (default: as stored)"
+    )
     command.add_argument("--device", help="where to compute: cpu, cuda, cuda:1 (default: cuda when there is one)")
     command.add_argument("--revision", help="revision of a hub model")
     command.add_argument("--quiet", action="store_true", help="no progress, only the result")

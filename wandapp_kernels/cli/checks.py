@@ -14,6 +14,8 @@ from wandapp_kernels.errors import UsageError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+_SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
 _PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -53,9 +55,14 @@ def backend(asked: str, place: torch.device) -> None:
         raise UsageError(f"--backend is {asked!r}, but what runs on {place} is {', '.join(choices)}")
 
 
+def dtype(asked: str) -> str:
+    """The name in ``DTYPES`` that a short one, such as ``bf16``, stands for; any other text as it is."""
+    return _SHORT.get(asked, asked)
+
+
 def dtypes(asked: str) -> list[str]:
     """The names of ``--dtype``, comma-separated, each once."""
-    names = list(dict.fromkeys(part.strip() for part in asked.split(",")))
+    names = list(dict.fromkeys(dtype(part.strip()) for part in asked.split(",")))
     for name in names:
         if name not in DTYPES:
             raise UsageError(f"--dtype is {asked!r}, but {name!r} is none of {', '.join(DTYPES)}")

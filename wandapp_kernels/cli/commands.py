@@ -20,7 +20,7 @@ from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evalu
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_texts
 from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, context_length
-from wandapp_kernels.models.bundled import quiet_transformers
+from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel, load_model
 from wandapp_kernels.pruning.reports import PruneReport
@@ -150,16 +150,17 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     )
     display.close()
     report["command"] = arguments.command_line
+    if arguments.out:  # before anything is printed, which may fail
+        write_report(report, arguments.out, force=arguments.force)
+    if arguments.json:
+        write_text_atomic(arguments.json, to_json(report))
     print(comparison_table(report))
     if arguments.out:
-        write_report(report, arguments.out, force=arguments.force)
         print(f"\nreport: {arguments.out / 'report.html'}")
     if arguments.save and keeper.best is None:
         warnings.warn(f"no perplexity is a finite number: nothing was written to {arguments.save}", stacklevel=1)
     elif arguments.save:
         print(f"{'' if arguments.out else chr(10)}model of {keeper.best}: {arguments.save}")
-    if arguments.json:
-        write_text_atomic(arguments.json, to_json(report))
 
 
 class _BestModel:
@@ -199,7 +200,8 @@ class _BestModel:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """``wandapp inspect DIR``"""
-    found = inspect_folder(arguments.folder)
+    bundled = arguments.folder in BUNDLED
+    found = inspect_folder(bundled_folder(arguments.folder) if bundled else arguments.folder)
     print(format_inspection(found, every_layer=arguments.layers))
     if arguments.json:
         write_text_atomic(arguments.json, to_json(found))

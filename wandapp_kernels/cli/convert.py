@@ -42,7 +42,12 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ignore", action="append", default=[], metavar="NAME", help="keep dense: name, suffix or 're:…'; repeatable"
     )
-    command.add_argument("--dtype", default="auto", help="convert weights to float32, bfloat16, … (default: as stored)")
+    command.add_argument(
+        "--dtype",
+        type=checks.dtype,
+        default="auto",
+        help="convert weights to float32, bfloat16, … (default: as stored)",
+    )
     command.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     command.add_argument("--json", type=Path, metavar="FILE", help="write what was done to every layer here")
 

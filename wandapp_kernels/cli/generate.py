@@ -46,7 +46,9 @@ def add(command: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="compile the decode step first, which takes a minute or more"
     )
     command.add_argument("--tune", action="store_true", help="measure the kernels for this model's shapes first")
-    command.add_argument("--dtype", default="auto", help="load weights as float32, bfloat16, … (default: as stored)")
+    command.add_argument(
+        "--dtype", type=checks.dtype, default="auto", help="load weights as float32, bfloat16, … (default: as stored)"
+    )
     command.add_argument(
         "--device", help="cpu, cuda, cuda:1 (default: cuda when there is one; with --backend cpu: cpu)"
     )
