@@ -78,9 +78,10 @@ def prune(
     if any(sparse_layers(model)):
         raise UsageError("the model's layers are compressed and cannot be pruned; call desparsify(model) first")
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
-    settings = build_settings(method, sparsity, seed=seed, ignore=tuple(ignore), **changes)
+    names = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
     _check_tokens(model, ids)
-    check_ignored(model, ignore)
+    check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
 

@@ -160,6 +160,9 @@ def test_a_name_to_ignore_must_be_a_layers() -> None:
     with pytest.raises(UsageError, match="'nosuch', is that of no linear layer"):
         api.prune(model, token_ids(2, 8), "magnitude", ignore=["q_proj", "nosuch"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    api.prune(model, token_ids(2, 8), "magnitude", ignore="q_proj")
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert len(changed) == 18 and not any("q_proj" in name for name in changed)
 
 
 def test_the_python_face_passes_everything_on(tmp_path) -> None:

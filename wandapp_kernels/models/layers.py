@@ -23,14 +23,14 @@ def layer_names(model: nn.Module) -> Iterator[str]:
                 yield from (f"{name}.{expert}.{matrix}" for expert in range(len(parameter)))
 
 
-def check_ignored(model: nn.Module, ignore: str | Sequence[str]) -> None:
+def check_ignored(model: nn.Module, ignore: Sequence[str]) -> None:
     """Refuse a pattern (`names.matches`) that is no layer's.
 
     Raises:
         UsageError: names the pattern, and a layer that there is.
     """
     names = list(layer_names(model))
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
+    for pattern in ignore:
         if not any(matches(name, [pattern]) for name in names):
             there = f"; there is {names[-1]}, for example" if names else ""
             raise UsageError(f"the name to ignore, {pattern!r}, is that of no linear layer of the model{there}")
