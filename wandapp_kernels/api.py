@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import context_length, evaluate
 from wandapp_kernels.models.checks import require_module
+from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
 from wandapp_kernels.models.names import as_patterns
@@ -72,7 +73,7 @@ def prune(
 
     Raises:
         UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape, range or length, a swapped
-            model, or something that is no module.
+            model, something that is no module, an ``ignore`` that is no layer's name.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
     """
@@ -85,8 +86,10 @@ def prune(
             "makes them from a text source"
         )
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
-    settings = build_settings(method, sparsity, seed=seed, ignore=as_patterns(ignore), **changes)
+    names = as_patterns(ignore)
+    settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
     _check_tokens(model, ids)
+    check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
 
@@ -95,7 +98,7 @@ def save(
     model: PreTrainedModel,
     tokenizer: Any,
     folder: str | Path,
-    report: PruneReport | None = None,
+    report: PruneReport | Mapping[str, Any] | None = None,
     *,
     force: bool = False,
 ) -> None:
@@ -104,13 +107,18 @@ def save(
     A dense model is written with its zeros, for every tool to read; a swapped one compressed (``docs/format.md``), for
     ``load`` to read.
 
+    Args:
+        report: how the model was pruned: what ``prune`` returned or, of a model that was loaded pruned, the ``record``
+            of what ``load`` returned. Without one the folder has no ``wandapp.json``.
+
     Raises:
         CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
         NonFiniteError: a swapped model holds NaN or infinity.
     """
     require_module(model)
     write = save_compressed if any(sparse_layers(model)) else save_pruned
-    write(model, tokenizer, Path(folder), report.to_dict() if report else {}, force=force)
+    record = report.to_dict() if isinstance(report, PruneReport) else dict(report or {})
+    write(model, tokenizer, Path(folder), record, force=force)
 
 
 def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:

@@ -154,7 +154,9 @@ def test_load_model_and_save_know_the_format(original: Path, tmp_path: Path) -> 
     loaded = load_model(str(original))
     assert sum(isinstance(module, SparseLinear) for module in loaded.model.modules()) == 14
     assert loaded.tokenizer is None and loaded.folder == original
-    wk.save(loaded.model, None, tmp_path / "again")
+    assert loaded.record == {"method": "magnitude"}
+    wk.save(loaded.model, None, tmp_path / "again", loaded.record)
+    assert (tmp_path / "again" / "wandapp.json").read_bytes() == (original / "wandapp.json").read_bytes()
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (original / WEIGHTS).read_bytes()
     half = load_model(str(original), dtype="bfloat16").model
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -162,6 +164,7 @@ def test_load_model_and_save_know_the_format(original: Path, tmp_path: Path) -> 
     wk.desparsify(loaded.model)
     wk.save(loaded.model, None, tmp_path / "dense")
     assert not is_compressed(json.loads((tmp_path / "dense" / "config.json").read_text()))
+    assert not (tmp_path / "dense" / "wandapp.json").exists()
     with pytest.raises(ModelError, match="no layer"):
         save_compressed(loaded.model, None, tmp_path / "none", {})
     assert not (tmp_path / "none").exists()

@@ -56,6 +56,14 @@ def test_one_row_for_each_shape_sparsity_and_m(tmp_path, capsys):
     assert "GB/s" in printed and "× best dense" in printed
 
 
+@pytest.mark.parametrize("name", ["bf16", "bfloat16"])
+def test_types_have_short_and_long_names(name, tmp_path):
+    file = tmp_path / "linear.json"
+    command = f"bench linear --shapes 64x128 --m 1 --sparsity 2:4 --seconds 0 --quiet --dtype {name} --json {file}"
+    assert main(command.split()) == 0
+    assert json.loads(file.read_text())["rows"][0]["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

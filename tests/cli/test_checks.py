@@ -10,6 +10,7 @@ import torch
 from pruned_models import pruned_model
 
 from wandapp_kernels.cli import checks, main
+from wandapp_kernels.cli.arguments import parser
 from wandapp_kernels.errors import CheckpointError, UsageError
 
 
@@ -51,6 +52,13 @@ MODEL = ["bench", "model", "MODEL", "--quiet"]
         ([*MODEL, "--dtype", "int8"], "'int8' is none of float64"),
         ([*MODEL, "--dtype", "float32,"], "'' is none of float64"),
         (["bench", "model", "--random", "llama-1b", "--dtype", "nonsense"], "'nonsense' is none of"),
+        ([*MODEL, "--device", "abacus"], "device 'abacus' is unknown"),
+        (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "device 'abacus' is unknown"),
+        (["generate", "MODEL", "--prompt", "x", "--backend", "abacus"], "--backend is 'abacus', but what runs on"),
+        (
+            ["generate", "MODEL", "--prompt", "x", "--backend", "cuda", "--device", "cpu"],
+            "cpu is auto, dense, cpu, refe",
+        ),
         (["convert", "MODEL", "OUT", "--min-sparsity", "7"], "--min-sparsity is 7, but must be between 0 and 1"),
         (["convert", "MODEL", "OUT", "--min-sparsity", "nan"], "--min-sparsity is nan"),
         (["convert", "MODEL", "OUT", "--pattern", "9:4"], "'9:4' is not possible"),
@@ -65,7 +73,11 @@ def test_wrong_options_give_2(arguments: list[str], message: str, folder: Path, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", [["tune", "MODEL"], LINEAR], ids=["tune", "bench linear"])
+@pytest.mark.parametrize(
+    "command",
+    [["tune", "MODEL"], LINEAR, MODEL, ["generate", "MODEL", "--prompt", "x"]],
+    ids=["tune", "bench linear", "bench model", "generate"],
+)
 def test_a_gpu_that_is_not_there(command: list[str], folder: Path, capsys) -> None:
     assert main([str(folder) if part == "MODEL" else part for part in command] + ["--device", "cuda"]) == 2
     assert "torch finds no GPU; use --device cpu" in one_line(capsys)
@@ -80,10 +92,42 @@ def test_a_gpu_number_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
         checks.device("cuda:2")
 
 
+class _Runs:
+    """A backend that runs 2:4 at one token on one kind of device."""
+
+    def __init__(self, name: str, place: str):
+        self.name, self._place = name, place
+
+    def supports(self, problem) -> str | None:
+        takes = problem.pattern == "2:4" and problem.tokens == 1 and problem.device.startswith(self._place)
+        return None if takes else "no"
+
+
+def test_kernels_of_another_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = [_Runs("cpu-nm", "cpu"), _Runs("cuda-nm", "cuda"), _Runs("triton-nm-dot", "cuda")]
+    monkeypatch.setattr(checks, "BACKENDS", {one.name: one for one in backends})
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    for family in ("auto", "dense", "reference", "cuda", "triton"):
+        checks.backend(family, gpu)
+    for family in ("auto", "dense", "reference", "cpu"):
+        checks.backend(family, cpu)
+    with pytest.raises(UsageError, match=r"'cpu', but what runs on cuda:0 is auto, dense, cuda, triton, reference$"):
+        checks.backend("cpu", gpu)
+    with pytest.raises(UsageError, match=r"'cuda', but what runs on cpu is auto, dense, cpu, reference$"):
+        checks.backend("cuda", cpu)
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path, capsys) -> None:
     for model in (str(tmp_path / "none"), str(tmp_path), ""):
         assert main(["tune", model, "--no-tune"]) == 1
         assert repr(str(tmp_path / "none")) in (line := one_line(capsys)) or "config.json" in line or "''" in line
+
+
+def test_types_have_short_names() -> None:
+    assert checks.dtypes("bf16, float32,fp32,fp16,fp64") == ["bfloat16", "float32", "float16", "float64"]
+    for command in (["prune", "m", "--out", "o"], ["eval", "m"], ["compare", "m"], ["convert", "m", "o"]):
+        assert parser().parse_args([*command, "--dtype", "bf16"]).dtype == "bfloat16"
+    assert parser().parse_args(["generate", "m", "--prompt", "x", "--dtype", "fp16"]).dtype == "float16"
 
 
 def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:

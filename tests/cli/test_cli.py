@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandapp_kernels import __version__, api
 from wandapp_kernels.cli import main
 from wandapp_kernels.data.calibration import calibration_tokens
+from wandapp_kernels.evaluation import compare
 from wandapp_kernels.models.load import load_model
 from wandapp_kernels.pruning.methods import METHODS
 from wandapp_kernels.sparsity import Pattern, satisfies
@@ -150,7 +152,8 @@ def test_every_option_of_prune_reaches_the_settings(text: str, tmp_path: Path) -
     record = json.loads((tmp_path / "out/wandapp.json").read_text())
     settings, optimizer = record["settings"], record["settings"].pop("optimizer")
     assert (
-        settings | {"seed": 11, "pattern": "4:8", "method": "wanda", "criterion": "rgs", "update": "sparsegpt"}
+        settings
+        | {"seed": 11, "pattern": "4:8", "method": "rgs+sparsegpt+ro", "criterion": "rgs", "update": "sparsegpt"}
         == settings
     )
     assert settings | {"alpha": 7.0, "x_norm": "mean", "recompute_gradient": True, "sequential": True} == settings
@@ -187,6 +190,12 @@ def test_a_folder_of_transformers_is_pruned_inspected_and_evaluated(text: str, t
     assert len(found["layers"]) == 21 and all("2:4" in layer["patterns"] for layer in found["layers"])
     assert main(["eval", str(out), "--text", text, "--tokens", "300", "--quiet"]) == 0
     assert re.match(r".*text.txt \(evaluation\): perplexity [\d,.]+", capsys.readouterr().out)
+
+
+def test_a_bundled_model_is_inspected(tmp_path: Path, capsys) -> None:
+    assert main(["inspect", "glass-0.9m", "--json", str(tmp_path / "inspect.json")]) == 0
+    assert "no wandapp.json" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "inspect.json").read_text())["layers"]) == 28
 
 
 def test_eval_prints_and_writes_each_text(text: str, tmp_path: Path, capsys) -> None:
@@ -243,10 +252,77 @@ def test_compare_prints_a_table_and_writes_the_report(text: str, few: list[str],
     assert not re.search(r"https?:|<script|<link|<img|src=|@import|url\(", html)
 
 
+@pytest.fixture(scope="module")
+def small_comparison(few: list[str], text: str) -> list[str]:
+    return ["compare", "glass-0.9m", *few, "--text", text, "--eval-tokens", "100", "--quiet"]
+
+
+def test_compare_saves_the_best_model_with_its_record(small_comparison: list[str], tmp_path: Path, capsys) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "old.txt").write_text("old")
+    files = ["--save", str(tmp_path / "best"), "--force", "--json", str(tmp_path / "report.json")]
+    assert main([*small_comparison, "--methods", "magnitude,wanda", *files]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    best = min(report["methods"], key=lambda entry: entry["perplexity"])
+    record = json.loads((tmp_path / "best" / "wandapp.json").read_text())
+    assert f"model of {best['method']}: {tmp_path / 'best'}" in capsys.readouterr().out
+    assert record["settings"] == best["settings"] and record["perplexity"] == best["perplexity"]
+    assert record["text_hash"] == report["text_hash"] and record["versions"] == report["versions"]
+    assert len(record["blocks"]) == 4 and record["blocks"][3]["layers"][6]["output_error"] > 0
+    assert record["calibration"] == report["calibration"]["source"] and record["command"] == report["command"]
+    assert record["model"] == "glass-0.9m" and not (tmp_path / "best" / "old.txt").exists()
+
+
+def test_an_interrupt_says_what_is_written(
+    small_comparison: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, rounds = compare.prune_blocks, []
+
+    def twice(*arguments, **options):
+        rounds.append(1)
+        if len(rounds) > 1:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(compare, "prune_blocks", twice)
+    command = [*small_comparison, "--methods", "wanda,magnitude"]
+    assert main([*command, "--save", str(tmp_path / "best")]) == 130
+    assert capsys.readouterr().err == f"wandapp: interrupted; {tmp_path / 'best'} holds the model of wanda\n"
+    assert (tmp_path / "best" / "model.safetensors").exists()
+    assert main(command) == 130
+    assert capsys.readouterr().err == "wandapp: interrupted; no result was written\n"
+
+
+def test_compare_saves_nothing_without_a_perplexity(
+    small_comparison: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = compare._figures
+    monkeypatch.setattr(compare, "_figures", lambda measured: {**real(measured), "perplexity": math.nan})
+    assert main([*small_comparison, "--methods", "magnitude", "--save", str(tmp_path / "best")]) == 0
+    printed = capsys.readouterr()
+    assert "no perplexity is a finite number" in printed.err and "model of" not in printed.out
+    assert not (tmp_path / "best").exists()
+
+
+def test_methods_are_named_and_counted_by_what_runs(
+    few: list[str], small_comparison: list[str], tmp_path: Path, capsys
+) -> None:
+    other = ["--method", "wanda++", "--score", "magnitude", "--no-regional-optimizer", "--out", str(tmp_path / "out")]
+    assert main(["prune", "glass-0.9m", *few, *other]) == 0
+    printed = capsys.readouterr()
+    assert ": magnitude 2:4, " in printed.out and "magnitude: block 4/4" in printed.err
+    record = json.loads((tmp_path / "out/wandapp.json").read_text())
+    assert record["method"] == record["settings"]["method"] == "magnitude"
+    methods = ["--methods", "wanda,magnitude,wanda,ria", "--score", "wanda", "--json", str(tmp_path / "report.json")]
+    assert main([*small_comparison, *methods]) == 0
+    assert [entry["method"] for entry in json.loads((tmp_path / "report.json").read_text())["methods"]] == ["wanda"]
+
+
 def test_help_and_version(capsys) -> None:
     for arguments, words in (
         (["--version"], [__version__]),
         (["--help"], ["prune", "eval", "compare", "inspect"]),
+        (["bench", "linear", "--help"], ["powers of two"]),
         (["prune", "--help"], [*METHODS, "--regional-optimizer", "--no-regional-optimizer", "--ignore"]),
     ):
         with pytest.raises(SystemExit) as stopped:

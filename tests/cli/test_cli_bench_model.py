@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from pruned_models import pruned_model
 from tiny_models import tiny_model
 
-from wandapp_kernels.cli import main
+from wandapp_kernels.cli import bench_model, main
 from wandapp_kernels.report.page import write_report
 from wandapp_kernels.report.runtime import speed_rows
 from wandapp_kernels.report.tables import number
-from wandapp_kernels.runtime.probe import measure_memory
+from wandapp_kernels.runtime.probe import MemoryUse, measure_memory
 
 SHORT = ["--prompts", "4,6", "--batch", "1,2", "--new-tokens", "3", "--rounds", "1"]
 
@@ -75,6 +76,29 @@ def test_memory_is_measured_in_a_process_of_its_own(folder: Path) -> None:
     size = (folder / "model.safetensors").stat().st_size
     assert 0.9 * size < used.weights < 1.2 * size
     assert used.before > 50e6 and 0 < used.load_peak < 100e6
+
+
+def test_on_a_gpu_every_form_goes_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    gpu, real, asked = torch.device("cuda:0"), bench_model.prepare, []
+
+    def stay(model, backend, *, tune, device):
+        asked.append((backend, device))
+        return real(model, backend, tune=tune)
+
+    def measured(_folder, backend, *_arguments):
+        asked.append((f"memory of {backend}", _arguments[-1]))
+        return MemoryUse(0, 1, 2, 3, 4)
+
+    monkeypatch.setattr(bench_model, "prepare", stay)
+    monkeypatch.setattr(bench_model, "measure_memory", measured)
+    monkeypatch.setattr(bench_model.checks, "device", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Abacus 9000")
+    options = ["--prompts", "4", "--batch", "1", "--new-tokens", "2", "--rounds", "1", "--quiet"]
+    assert main(["bench", "model", str(folder), *options, "--json", str(tmp_path / "found.json")]) == 0
+    assert asked == [(name, gpu) for name in ("memory of dense", "memory of auto", "dense", "auto")]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["device"], found["threads"]) == ("Abacus 9000", 0)
+    assert "memory as torch allocated it; Abacus 9000" in capsys.readouterr().out
 
 
 def test_a_random_model(tmp_path: Path, capsys) -> None:

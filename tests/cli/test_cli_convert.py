@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from pruned_models import pruned_model
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -55,6 +56,80 @@ def test_options(dense: Path, tmp_path: Path) -> None:
     assert main(["convert", str(dense), str(out), "--min-sparsity", "0.9"]) == 1  # not empty
     assert main(["convert", str(dense), str(out), "--min-sparsity", "0.9", "--force"]) == 0
     assert not any("weight_bitmap" in name for name in load_file(out / WEIGHTS))
+
+
+def test_options_of_a_compressed_folder_compress_it_anew(dense: Path, tmp_path: Path, capsys) -> None:
+    small, anew, direct = tmp_path / "small", tmp_path / "anew", tmp_path / "direct"
+    assert main(["convert", str(dense), str(small)]) == 0
+    for options in (
+        ["--pattern", "unstructured"],
+        ["--ignore", "down_proj", "--ignore", "re:layers.0"],
+        ["--min-sparsity", "0.9"],
+        ["--pattern", "2:4", "--dtype", "bfloat16"],
+    ):
+        for source, out in ((small, anew), (dense, direct)):
+            assert main(["convert", str(source), str(out), *options, "--force"]) == 0
+        for file in (WEIGHTS, "model.sha256.json", "config.json"):
+            assert (anew / file).read_bytes() == (direct / file).read_bytes(), (options, file)
+        assert (anew / "config.json").read_bytes() != (small / "config.json").read_bytes()
+    capsys.readouterr()
+    for option in (["--pattern", "2:4"], ["--ignore", "down_proj"], ["--min-sparsity", "0"]):
+        assert main(["convert", str(small), str(tmp_path / "no"), "--format", "dense", *option]) == 2
+        assert f"{option[0]} cannot be used with --format dense" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_why_nothing_can_be_compressed(dense: Path, tmp_path: Path, capsys) -> None:
+    assert main(["convert", str(dense), str(tmp_path / "out"), "--pattern", "1:4"]) == 1
+    printed = capsys.readouterr().err
+    assert "(22 layers: it breaks the pattern 1:4)" in printed and printed.count("\n") == 1
+
+
+def test_a_name_to_ignore_that_is_no_layers(dense: Path, tmp_path: Path, capsys) -> None:
+    assert main(["convert", str(dense), str(tmp_path / "out"), "--ignore", "lm_head", "--ignore", "nosuch"]) == 2
+    assert "'nosuch', is that of no linear layer of the model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["compressed", "dense"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_damaged_weights_are_not_written(form: str, name: str, tmp_path: Path, capsys) -> None:
+    model = pruned_model("llama", ("2:4",))
+    model.get_parameter(name).data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "damaged")
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "damaged"), str(tmp_path / "out"), "--format", form]) == 1
+    printed = capsys.readouterr().err
+    assert f"the tensor {name} of {tmp_path / 'damaged'} holds NaN or infinity" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_too_large_for_the_type_are_not_written(tmp_path: Path, capsys) -> None:
+    model = pruned_model("llama", ("2:4",))
+    model.model.embed_tokens.weight.data[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "large")
+    capsys.readouterr()
+    for source, out in (("large", "small"), ("small", "half")):
+        dtype = "float32" if out == "small" else "float16"
+        code = main(["convert", str(tmp_path / source), str(tmp_path / out), "--dtype", dtype])
+        assert code == (0 if out == "small" else 1)
+    assert "model.embed_tokens.weight" in capsys.readouterr().err and not (tmp_path / "half").exists()
+
+
+def test_the_record_does_not_stand_in_the_way(tmp_path: Path, capsys) -> None:
+    plain, small, back = tmp_path / "plain", tmp_path / "small", tmp_path / "back"
+    pruned_model("llama", ("2:4",), num_hidden_layers=1).save_pretrained(plain)
+    assert main(["convert", str(plain), str(small)]) == 0
+    assert main(["convert", str(small), str(back), "--format", "dense"]) == 0
+    assert not (small / "wandapp.json").exists() and not (back / "wandapp.json").exists()
+    (back / "wandapp.json").write_text("{broken")
+    capsys.readouterr()
+    assert main(["convert", str(back), str(small), "--force"]) == 0
+    printed = capsys.readouterr().err
+    assert (
+        printed.startswith("warning: the record of how the model was pruned is left out") and "wandapp.json" in printed
+    )
+    assert not (small / "wandapp.json").exists()
 
 
 def test_what_cannot_be_converted(tmp_path: Path, capsys) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,14 +39,31 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--sparsity", "abc"], "sparsity 'abc' is not understood"),
         (["--sparsity=-0.5"], "sparsity '-0.5' is not understood"),
         (["--sparsity", "4:4"], "sparsity '4:4' is not possible"),
-        (["--method", "wanda", "--rounds", "3"], "rounds belong to the regional optimiser"),
+        (["--method", "wanda", "--rounds", "3"], "--rounds belongs to the regional optimiser, which wanda does not"),
+        (["--method", "wanda", "--lr", "1e-9"], "--lr belongs to the regional optimiser"),
+        (
+            ["--no-regional-optimizer", "--preset", "paper"],
+            "--preset belongs to the regional optimiser, which wanda++rgs",
+        ),
+        (["--update", "none", "--method", "best", "--no-regional-optimizer", "--ro-norms"], "--ro-norms belongs to"),
+        (["--relative-lr", "0.1", "--lr", "1e-9"], "--relative-lr and --lr both set the learning rate"),
+        (["--relative-lr", "0.1", "--preset", "paper"], "--relative-lr and --preset both set the learning rate"),
         (["--rounds", "0"], "at least one round"),
         (["--relative-lr", "0"], "learning rate must be above 0"),
+        (["--relative-lr", "nan"], "learning rate must be above 0"),
         (["--alpha", "-1"], "alpha is -1"),
+        (["--method", "wanda++rgs", "--alpha", "nan"], "alpha is nan"),
+        (["--method", "magnitude", "--alpha", "5"], "--alpha changes the criteria rgs and gblm only, which magnitude"),
+        (["--method", "pruner-zero", "--alpha", "5"], "--alpha changes"),
+        (["--method", "gblm", "--x-norm", "mean"], "--x-norm changes the criterion rgs only"),
+        (["--method", "wanda++rgs", "--recompute-gradient"], "--recompute-gradient changes the criterion rgs with a"),
+        (["--seed", "99999999999999999999"], "--seed is 99999999999999999999, but must be"),
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--seqlen", "129"], "--seqlen is 129, but must be 2 to 128, the context of glass-0.9m"),
         (["--seqlen", "1"], "--seqlen is 1, but must be 2 to 128"),
         (["--samples", "0"], "at least 1 sample"),
+        (["--ignore", "lm_head", "--ignore", "nosuch"], "'nosuch', is that of no linear layer of the model; there is"),
+        (["--ignore", "self_attn"], "'self_attn', is that of no linear layer"),
         (["--dtype", "int8"], "dtype int8"),
     ],
     ids=" ".join,
@@ -61,7 +80,10 @@ def test_wrong_requests_to_prune_give_2(arguments: list[str], message: str, tmp_
     [
         (["compare", "glass-0.9m", "--methods", "wanda,wandda"], "method 'wandda' is unknown"),
         (["compare", "glass-0.9m", "--methods", " , "], "--methods is empty"),
-        (["compare", "glass-0.9m", "--methods", "wanda,ria", "--ro-samples", "3"], "samples belong to the regional"),
+        (["compare", "glass-0.9m", "--methods", "wanda,ria", "--ro-samples", "3"], "--ro-samples belongs to the"),
+        (["compare", "glass-0.9m", "--methods", "wanda,ria", "--alpha", "3"], "gblm only, which wanda, ria does not"),
+        (["compare", "glass-0.9m", "--seed=-99999999999999999999"], "--seed is -99999999999999999999, but must be"),
+        (["compare", "glass-0.9m", "--ignore", "nosuch"], "'nosuch', is that of no linear layer"),
         (["compare", "glass-0.9m", "--sparsity", "2"], "sparsity '2' is not understood"),
         (["compare", "glass-0.9m", "--eval-seqlen", "500", "--samples", "2"], "--eval-seqlen is 500, but must be"),
         (["eval", "glass-0.9m", "--seqlen", "500"], "--seqlen is 500, but must be 2 to 128"),
@@ -73,6 +95,21 @@ def test_wrong_requests_to_prune_give_2(arguments: list[str], message: str, tmp_
 def test_other_wrong_requests_give_2(arguments: list[str], message: str, capsys) -> None:
     assert main(arguments) == 2
     assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("out", "save", "how"),
+    [("same", "same", "the same folder"), ("a", "a/model", "inside one another"), ("a/../b/report", "b", "inside")],
+)
+def test_a_report_and_a_model_that_would_replace_each_other(
+    out: str, save: str, how: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "a").mkdir()
+    folders = ["--out", str(tmp_path / out), "--save", str(tmp_path / save)]
+    for force in ([], ["--force"]):
+        assert main(["compare", "glass-0.9m", *folders, *force]) == 2
+        assert how in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +230,26 @@ def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch, capsys) -> None
     monkeypatch.setattr(commands, "load_model", stop)
     assert main(["eval", "glass-0.9m"]) == 130
     assert "interrupted" in one_line(capsys)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_gone_is_no_error(lines: int) -> None:
+    code = (
+        "import sys; from wandapp_kernels.cli import commands, main\n"
+        "commands.inspect_folder = lambda _: {}\n"
+        f"commands.format_inspection = lambda *_, **__: 'a line\\n' * {lines}\n"
+        "sys.stdin.read()\n"
+        "sys.exit(main(['inspect', '.']))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdin and running.stdout and running.stderr
+        running.stdout.close()
+        running.stdin.close()
+        assert running.stderr.read() == ""
+        assert running.wait() == 141
 
 
 def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:

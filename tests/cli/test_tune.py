@@ -55,7 +55,6 @@ def kinds_of(pattern: str, density: int, dtype: str = "float32") -> dict[LayerKi
 def test_layers_are_counted_once_per_kind(tmp_path: Path, folder: Path) -> None:
     assert layer_kinds(folder) == kinds_of("2:4", 50)
     assert layer_kinds(folder, dtype="bfloat16") == kinds_of("2:4", 50, "bfloat16")
-    assert layer_kinds(folder, "60%") == kinds_of("2:4", 50), "only dense layers are assumed to be pruned"
     pruned("60%").save_pretrained(tmp_path / "unstructured")
     assert layer_kinds(tmp_path / "unstructured") == kinds_of("unstructured", 40)
 
@@ -76,6 +75,19 @@ def test_a_dense_layer_of_a_sparse_model_stays_dense(tmp_path: Path) -> None:
         LayerKind(32, 48, "dense", 100, "float32"): 1,
     }
     assert layer_kinds(tmp_path / "mixed") == wanted
+    taken = kinds_of("2:4", 50) | {
+        LayerKind(32, 48, "2:4", 50, "float32"): 2,
+        LayerKind(32, 48, "unstructured", 40, "float32"): 1,
+    }
+    assert layer_kinds(tmp_path / "mixed", "60%") == taken, "only dense layers are assumed to be pruned"
+
+
+def test_a_sparsity_for_layers_that_are_all_sparse_is_refused(tmp_path: Path, folder: Path, capsys) -> None:
+    assert main(["convert", str(folder), str(tmp_path / "small")]) == 0
+    capsys.readouterr()
+    for used in (folder, tmp_path / "small"):
+        assert main(["tune", str(used), "--sparsity", "0.7", "--no-tune"]) == 2
+        assert f"sparsity '0.7' is for dense layers, but all of {used} are sparse" in capsys.readouterr().err
 
 
 def test_transposed_layers_are_turned(tmp_path: Path) -> None:
@@ -83,6 +95,12 @@ def test_transposed_layers_are_turned(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "gpt2")
     shapes = {(kind.out_features, kind.in_features): count for kind, count in layer_kinds(tmp_path / "gpt2").items()}
     assert shapes == {(96, 32): 3, (32, 32): 3, (48, 32): 3, (32, 48): 3}
+
+
+def test_types_have_short_names(folder: Path, capsys) -> None:
+    for name, layers in (("bf16", "bfloat16"), ("float16", "float16"), ("auto", "float32")):
+        assert main(["tune", str(folder), "--no-tune", "--m", "1", "--dtype", name]) == 0
+        assert f" {layers} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", "60%"])

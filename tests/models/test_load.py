@@ -101,6 +101,26 @@ def test_a_folder_comes_back_exactly(original: Path) -> None:
     assert loaded.tokenizer is not None and loaded.tokenizer("two one zero").input_ids == [2, 1, 0]
 
 
+def test_a_path_is_a_folder_whatever_its_name(original: Path, monkeypatch: pytest.MonkeyPatch, offline: Path) -> None:
+    monkeypatch.chdir(original.parent)
+    for path in (original, Path("original"), Path("other/../original")):
+        loaded = load_model(path)
+        assert loaded.folder == original and same_weights(loaded.model, llama().to(torch.bfloat16))
+    for name in ("glass-0.9m", "nobody/nothing", "missing"):
+        with pytest.raises(ModelError, match=rf"there is no folder .*{name}"):
+            load_model(Path(name))
+
+
+def test_the_record_is_that_of_the_folder(folder: Path) -> None:
+    loaded = load_model(folder)
+    assert loaded.record == {}
+    (folder / "wandapp.json").write_text('{"method": "wanda"}')
+    assert loaded.record == {"method": "wanda"}
+    (folder / "wandapp.json").write_text("[")
+    with pytest.warns(UserWarning, match=r"is left out: .*wandapp.json cannot be read"):
+        assert loaded.record == {}
+
+
 def test_loading_keeps_the_random_stream_and_is_silent(original: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = torch.random.get_rng_state()
     load_model(str(original))

@@ -10,7 +10,7 @@ import pytest
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.pruning.criteria import CRITERIA
 from wandapp_kernels.pruning.methods import BEST, METHODS, PAGE, build_all, build_settings
-from wandapp_kernels.pruning.settings import OptimizerSettings
+from wandapp_kernels.pruning.settings import OptimizerSettings, PruneSettings
 from wandapp_kernels.pruning.updates import UPDATES
 from wandapp_kernels.sparsity import Pattern
 
@@ -78,6 +78,42 @@ def test_any_score_goes_with_any_update(score: str, update: str | None) -> None:
         assert settings.optimizer == {None: row.optimizer, True: PAGE, False: None}[optimizer]
 
 
+@pytest.mark.parametrize(
+    ("method", "sparsity", "changes", "name"),
+    [
+        ("wanda", "2:4", {"score": "wanda", "update": "none", "regional_optimizer": False}, "wanda"),
+        ("wanda++", "2:4", {"regional_optimizer": True, "optimizer": {"rounds": 1}, "preset": "paper"}, "wanda++"),
+        ("best", "2:4", {"self_calibration": 0}, "best"),
+        ("wanda++", "2:4", {"score": "magnitude", "update": "none", "regional_optimizer": False}, "magnitude"),
+        ("wanda++", "50%", {"score": "magnitude", "regional_optimizer": False}, "magnitude, by row"),
+        ("magnitude", "50%", {"score": "wanda"}, "wanda, by layer"),
+        ("magnitude", "2:4", {"score": "wanda"}, "wanda"),
+        ("wanda++", "2:4", {"regional_optimizer": False}, "wanda++rgs"),
+        ("wanda++", "2:4", {"score": "wanda", "optimizer": {"rounds": 1}}, "wanda++ro"),
+        ("wanda", "2:4", {"score": "obs", "update": "sparsegpt"}, "sparsegpt"),
+        ("best", "2:4", {"regional_optimizer": False, "self_calibration": 0}, "sparsegpt"),
+        ("best", "2:4", {"regional_optimizer": False}, "obs+sparsegpt+self-calibration"),
+        ("wanda", "2:4", {"score": "rgs", "update": "sparsegpt", "regional_optimizer": True}, "rgs+sparsegpt+ro"),
+        ("best", "2:4", {"update": "admm", "self_calibration": 0}, "obs+admm+ro-best"),
+        ("wanda++", "50%", {"update": "admm", "group": "layer"}, "rgs+admm+ro, by layer"),
+    ],
+)
+def test_the_name_says_what_runs(method: str, sparsity: str, changes: dict[str, Any], name: str) -> None:
+    assert build_settings(method, sparsity, **changes).method == name
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "50%"])
+def test_equal_names_mean_equal_compositions(sparsity: str) -> None:
+    composed: dict[str, PruneSettings] = {}
+    for method, score, update, optimizer in itertools.product(
+        METHODS, [None, *CRITERIA], [None, "none", *UPDATES], [None, True, False]
+    ):
+        settings = build_settings(method, sparsity, score=score, update=update, regional_optimizer=optimizer)
+        if settings.pattern.is_nm:
+            settings = replace(settings, group="row")
+        assert composed.setdefault(settings.method, settings) == settings
+
+
 def test_switching_the_optimizer_on_keeps_a_methods_own() -> None:
     assert build_settings("best", "2:4", regional_optimizer=True).optimizer == BEST
     assert build_settings("wanda", "2:4", regional_optimizer=True).optimizer == PAGE
@@ -139,7 +175,8 @@ def test_what_is_refused() -> None:
     refused("sparsity '4:4'", sparsity="4:4")
     refused("group 'column' is unknown; choose one of row, layer", group="column")
     refused("x_norm 'max' is unknown; choose one of sum, mean", x_norm="max")
-    refused("alpha is -1", alpha=-1)
+    for alpha in (-1, float("nan"), float("inf")):
+        refused(f"alpha is {alpha:g}", alpha=alpha)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -147,7 +184,7 @@ def test_optimizer_settings_need_a_method_with_one(name: str) -> None:
     refused(
         f"rounds belong to the regional optimiser, which '{name}' does not use", method=name, optimizer={"rounds": 2}
     )
-    refused("belong to the regional optimiser", method=name, preset="paper")
+    refused("preset belong to the regional optimiser", method=name, preset="paper")
     changed = build_settings(name, "2:4", regional_optimizer=True, optimizer={"rounds": 2}).optimizer
     assert changed == replace(PAGE, rounds=2)
 
@@ -165,6 +202,7 @@ def test_optimizer_settings_are_refused_when_it_is_switched_off(name: str) -> No
         *((choice, "nonesuch") for choice in ("algorithm", "schedule", "mask", "zero_grad", "target")),
         *(("rounds", 0), ("rounds", -1), ("batch", 0), ("samples", -1)),
         *(("relative_lr", 0.0), ("relative_lr", -1e-3), ("absolute_lr", 0.0), ("absolute_lr", -3e-7)),
+        *(("relative_lr", float("nan")), ("absolute_lr", float("inf"))),
     ],
 )
 def test_impossible_optimizer_settings_are_refused(field: str, value: Any) -> None:

@@ -154,6 +154,17 @@ def test_wrong_tokens_are_refused(ids: torch.Tensor, message: str) -> None:
         api.prune(llama(), ids, "wanda")
 
 
+def test_a_name_to_ignore_must_be_a_layers() -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UsageError, match="'nosuch', is that of no linear layer"):
+        api.prune(model, token_ids(2, 8), "magnitude", ignore=["q_proj", "nosuch"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    api.prune(model, token_ids(2, 8), "magnitude", ignore="q_proj")
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert len(changed) == 18 and not any("q_proj" in name for name in changed)
+
+
 def test_the_python_face_passes_everything_on(tmp_path) -> None:
     model, expected = llama(), llama()
     seen: list[object] = []

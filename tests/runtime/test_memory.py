@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from wandapp_kernels.runtime import memory
 
 # 12 layers of 1024 x 4096 in fp32: 201 MB dense, 113 MB at 2:4. One layer is small beside.
 SCRIPT = """
@@ -37,6 +40,16 @@ desparsify(model)
 again = resident_bytes()
 print(json.dumps([number - before for number in (dense, peak, sparse, again)] + [report.dense_bytes, report.bytes]))
 """
+
+
+def test_on_a_gpu_it_is_what_torch_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, reset = torch.device("cuda:1"), []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7 if device == gpu else 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 9 if device == gpu else 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    memory.reset_peak(gpu)
+    assert (memory.resident_bytes(gpu), memory.peak_bytes(gpu), reset) == (7, 9, [gpu])
+    assert memory.peak_bytes() >= memory.resident_bytes() > 10**6
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

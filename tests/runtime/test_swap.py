@@ -277,3 +277,10 @@ def test_a_swapped_model_is_not_pruned() -> None:
     sparsify(model)
     with pytest.raises(UsageError, match="desparsify"):
         wk.prune(model, token_ids(2, 8), "magnitude")
+
+
+def test_a_model_is_moved_before_it_is_swapped() -> None:
+    model = pruned_model("llama", ("2:4",))
+    # What is nowhere cannot be compressed.
+    assert prepare(model, device=torch.device("meta")).layers == "no layer is sparse"
+    assert all(parameter.is_meta for parameter in model.parameters())

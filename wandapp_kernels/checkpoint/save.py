@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 
 from wandapp_kernels.checkpoint.atomic import check_target, new_folder
 from wandapp_kernels.checkpoint.compressed import METHOD
+from wandapp_kernels.checkpoint.files import read_json
 from wandapp_kernels.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def save_pruned(
     Args:
         model: a dense model on any device.
         folder: absent, empty, or (with ``force``) to be replaced.
-        report: what was done, see :func:`to_json`.
+        report: what was done, see :func:`to_json`; an empty one is not written.
 
     Raises:
         CheckpointError: the folder cannot be written (:func:`~wandapp_kernels.checkpoint.atomic.check_target`), the
@@ -63,11 +65,24 @@ def save_pruned(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             strip_config(partial / "config.json")
-            (partial / RECORD).write_text(text, encoding="utf-8")
+            if report:
+                (partial / RECORD).write_text(text, encoding="utf-8")
             share_modes(partial)
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"the model could not be written to {folder}: {reason}") from error
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What ``wandapp.json`` of a folder says; nothing, with a warning, where it cannot be read as the weights can."""
+    path = Path(folder) / RECORD
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        warnings.warn(f"the record of how the model was pruned is left out: {error}", stacklevel=2)
+        return {}
 
 
 def check_disk_space(folder: str | Path, needed: int) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from wandapp_kernels import __version__
+from wandapp_kernels.cli import checks
+from wandapp_kernels.models.bundled import BUNDLED
 from wandapp_kernels.pruning.criteria import CRITERIA
 from wandapp_kernels.pruning.methods import METHODS
 from wandapp_kernels.pruning.updates import UPDATES
@@ -80,13 +82,15 @@ def _compare(command: argparse.ArgumentParser) -> None:
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", metavar="DIR", help=f"a folder, or a bundled model: {', '.join(BUNDLED)}")
     command.add_argument("--layers", action="store_true", help="one row per layer instead of one per kind")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
 
 
 def _loading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", default="auto", help="load weights as float32, bfloat16, … (default: as stored)")
+    command.add_argument(
+        "--dtype", type=checks.dtype, default="auto", help="load weights as float32, bfloat16, … (default: as stored)"
+    )
     command.add_argument("--device", help="where to compute: cpu, cuda, cuda:1 (default: cuda when there is one)")
     command.add_argument("--revision", help="revision of a hub model")
     command.add_argument("--quiet", action="store_true", help="no progress, only the result")
@@ -138,37 +142,3 @@ def _composition(command: argparse.ArgumentParser) -> None:
     group.add_argument("--ro-target", choices=("pruned", "dense"), help="which stream the dense output is taken on")
     group.add_argument("--ro-loss", choices=("sum", "token"), help="squared error, or relative to each token's energy")
     group.add_argument("--ro-norms", action=argparse.BooleanOptionalAction, help="also train norm weights and biases")
-
-
-_OPTIMIZER_FIELDS = {
-    "rounds": "rounds",
-    "ro_samples": "samples",
-    "ro_batch": "batch",
-    "algorithm": "algorithm",
-    "relative_lr": "relative_lr",
-    "lr": "absolute_lr",
-    "schedule": "schedule",
-    "ro_mask": "mask",
-    "zero_grad": "zero_grad",
-    "ro_target": "target",
-    "ro_loss": "loss",
-    "ro_norms": "norms",
-}
-
-
-def changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the user changed about the method, as keywords of ``build_settings``; nothing that was left alone."""
-    optimizer = {
-        field: value for name, field in _OPTIMIZER_FIELDS.items() if (value := getattr(arguments, name)) is not None
-    }
-    found: dict[str, Any] = {
-        name: value
-        for name in ("score", "update", "regional_optimizer", "preset", "alpha", "x_norm", "self_calibration")
-        if (value := getattr(arguments, name)) is not None
-    }
-    for name in ("recompute_gradient", "sequential"):
-        if getattr(arguments, name):
-            found[name] = True
-    if optimizer:
-        found["optimizer"] = optimizer
-    return found

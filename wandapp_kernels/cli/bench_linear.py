@@ -31,7 +31,7 @@ from wandapp_kernels.sparsity import Pattern
 from wandapp_kernels.tuning.device import fingerprint, last_level_cache
 from wandapp_kernels.tuning.measure import sample_weight
 
-_SHORT_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_TYPES = ("bfloat16", "float16", "float32")
 _BEST_DENSE = (DENSE, "cpu-dense", "cpu-dense-amx")
 _COPY_ROUNDS = 9
 _PACKED_ROWS = 256
@@ -57,9 +57,13 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shapes", default="4096x4096,11008x4096,4096x11008", help="output x input features (default: %(default)s)"
     )
-    command.add_argument("--m", default="1,2,4,8,16,32,128,512", help="tokens at once (default: %(default)s)")
+    command.add_argument(
+        "--m", default="1,2,4,8,16,32,128,512", help="tokens at once, powers of two (default: %(default)s)"
+    )
     command.add_argument("--sparsity", default="2:4,0.5,0.6,0.7", help="n:m or a fraction (default: %(default)s)")
-    command.add_argument("--dtype", default="bf16", choices=tuple(_SHORT_TYPES), help="(default: %(default)s)")
+    command.add_argument(
+        "--dtype", default="bfloat16", type=checks.dtype, choices=_TYPES, help="(default: %(default)s)"
+    )
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     command.add_argument("--seconds", type=float, default=1.0, help="of each row (default: %(default)s)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
@@ -77,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     shapes = [Shape.parse(text) for text in arguments.shapes.split(",")]
     tokens = _numbers(arguments.m)
     patterns = [Pattern.parse(text.strip()) for text in arguments.sparsity.split(",")]
-    dtype = DTYPES[_SHORT_TYPES[arguments.dtype]]
+    dtype = DTYPES[arguments.dtype]
     result: dict[str, Any] = bench(shapes, tokens, patterns, dtype, device, arguments.seconds, quiet=arguments.quiet)
     print(_title(result))
     print(_rows_table(result["rows"]))

@@ -45,6 +45,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", default="auto", help="comma-separated: bfloat16,float32; each dense and sparse (default: as stored)"
     )
+    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda when there is one)")
     command.add_argument("--prompts", default="16,128", help="prompt lengths, comma-separated (default: %(default)s)")
     command.add_argument("--batch", default="1,4", help="batch sizes at the first prompt length (default: %(default)s)")
     command.add_argument("--new-tokens", type=int, default=16, help="decoded in every run (default: %(default)s)")
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--new-tokens must be at least 2 and --rounds at least 1")
     if (arguments.model is None) == (arguments.random is None):
         raise UsageError("give either a model or --random SHAPE")
+    device = checks.device(arguments.device)
     if arguments.dtype != "auto":
         checks.dtypes(arguments.dtype)
     if arguments.report:  # what is missing shows before anything is measured
@@ -79,8 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
         ids = {length: _prompt(tokenizer, dense, length, arguments.new_tokens) for length in prompts}
         result: dict[str, Any] = {
             "model": arguments.model or f"random {arguments.random}, {arguments.sparsity}",
-            "device": device_name(torch.device("cpu")),
-            "threads": torch.get_num_threads(),
+            "device": device_name(device),
+            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
             "versions": versions(),
             "date": datetime.date.today().isoformat(),
             "new_tokens": arguments.new_tokens,
@@ -93,9 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
             display.line(f"memory of {kind} {dtype}")
             folder = dense if kind == "dense" else compressed
             backend = "dense" if kind == "dense" else "auto"
-            used = measure_memory(folder, backend, dtype, ids[prompts[0]][0].tolist(), arguments.new_tokens)
+            prompt = ids[prompts[0]][0].tolist()
+            used = measure_memory(folder, backend, dtype, prompt, arguments.new_tokens, device)
             result["memory"][f"{kind} {dtype}"] = asdict(used)
-        contenders = [_contender(kind, dtype, dense, compressed, arguments.tune) for kind, dtype in forms]
+        contenders = [_contender(kind, dtype, dense, compressed, arguments.tune, device) for kind, dtype in forms]
         result["layers"] = {contender.name: contender.prepared.layers for contender in contenders}
         if arguments.compile:
             contenders += [replace(one, name=f"{one.name} compiled", compiled=True) for one in contenders]
@@ -146,9 +149,9 @@ def _folders(arguments: argparse.Namespace, work: Path, display: ProgressDisplay
     return folders["dense"], folders["compressed"], loaded.tokenizer
 
 
-def _contender(kind: str, dtype: str, dense: Path, compressed: Path, tune: bool) -> Contender:
+def _contender(kind: str, dtype: str, dense: Path, compressed: Path, tune: bool, device: torch.device) -> Contender:
     model = load_model(str(dense if kind == "dense" else compressed), dtype=dtype, tokenizer=False).model
-    prepared = prepare(model, "dense" if kind == "dense" else "auto", tune=tune)
+    prepared = prepare(model, "dense" if kind == "dense" else "auto", tune=tune, device=device)
     release_free_memory()
     return Contender(f"{kind} {dtype}", model, prepared)
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import torch
 
+from wandapp_kernels import dispatch
+from wandapp_kernels.backends import BACKENDS, DENSE, UNSTRUCTURED, load_backends
 from wandapp_kernels.checkpoint.atomic import check_file
 from wandapp_kernels.errors import UsageError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 _PLOTS = (".png", ".svg", ".pdf")
 
@@ -34,9 +38,31 @@ def device(asked: str | None) -> torch.device:
     return found
 
 
+def backend(asked: str, place: torch.device) -> None:
+    """Refuse what is neither ``auto`` nor ``dense`` nor a family of backends of which one runs on the device."""
+    if asked in ("auto", DENSE):
+        return
+    load_backends()
+    problems = [
+        dispatch.problem_for(4096, 4096, pattern, tokens, dtype, place, 0.5)
+        for pattern in ("2:4", UNSTRUCTURED)
+        for tokens in (1, 512)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    here = {one.name.partition("-")[0] for one in BACKENDS.values() if any(one.supports(p) is None for p in problems)}
+    choices = ["auto", DENSE, *sorted(here - {DENSE}), "reference"]
+    if asked not in choices:
+        raise UsageError(f"--backend is {asked!r}, but what runs on {place} is {', '.join(choices)}")
+
+
+def dtype(asked: str) -> str:
+    """The name in ``DTYPES`` that a short one, such as ``bf16``, stands for; any other text as it is."""
+    return _SHORT.get(asked, asked)
+
+
 def dtypes(asked: str) -> list[str]:
     """The names of ``--dtype``, comma-separated, each once."""
-    names = list(dict.fromkeys(part.strip() for part in asked.split(",")))
+    names = list(dict.fromkeys(dtype(part.strip()) for part in asked.split(",")))
     for name in names:
         if name not in DTYPES:
             raise UsageError(f"--dtype is {asked!r}, but {name!r} is none of {', '.join(DTYPES)}")
@@ -49,10 +75,25 @@ def fraction(value: float, option: str) -> None:
         raise UsageError(f"{option} is {value:g}, but must be between 0 and 1")
 
 
+def seed(value: int) -> None:
+    """Refuse what torch's generators do not take."""
+    if not -(2**63) <= value < 2**64:
+        raise UsageError(f"--seed is {value}, but must be a number of at most 64 bits")
+
+
 def seconds(value: float) -> None:
     """Refuse a time that has passed or has no end."""
     if not (math.isfinite(value) and value >= 0):
         raise UsageError(f"--seconds is {value:g}, but must be 0 or more")
+
+
+def apart(folders: dict[str, Path]) -> None:
+    """Refuse two folders, by option, of which writing one would replace the other or what is in it."""
+    (first, one), (second, other) = folders.items()
+    here, there = one.resolve(), other.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        how = "the same folder" if here == there else "inside one another"
+        raise UsageError(f"{first} {one} and {second} {other} are {how}, and each is replaced whole; name two folders")
 
 
 def plot(path: Path) -> None:

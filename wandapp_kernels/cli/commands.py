@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,15 +14,16 @@ from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
 from wandapp_kernels.checkpoint.inspect import inspect_folder
 from wandapp_kernels.checkpoint.save import save_pruned, to_json
 from wandapp_kernels.cli import checks
-from wandapp_kernels.cli.arguments import changes
 from wandapp_kernels.cli.bars import ProgressDisplay
+from wandapp_kernels.cli.method_options import changes, settings
 from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evaluation_tokens
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_texts
 from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, context_length
-from wandapp_kernels.models.bundled import quiet_transformers
+from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
+from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel, load_model
-from wandapp_kernels.pruning.methods import build_all, build_settings
+from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import device_name, versions
 from wandapp_kernels.report.page import write_report
 from wandapp_kernels.report.tables import (
@@ -38,9 +40,10 @@ from wandapp_kernels.runtime.swap import desparsify
 def prune(arguments: argparse.Namespace) -> None:
     """``wandapp prune MODEL --out DIR``"""
     check_target(arguments.out, arguments.force)
-    build_settings(arguments.method, arguments.sparsity, **changes(arguments))  # wrong usage shows at once
+    (chosen,) = settings(arguments, [arguments.method])
     device = checks.device(arguments.device)
     loaded = _load_dense(arguments)
+    check_ignored(loaded.model, arguments.ignore)  # before calibration text is looked for
     tokens = _calibration(arguments, loaded)
     display = ProgressDisplay(arguments.quiet)
     report = api.prune(
@@ -51,16 +54,11 @@ def prune(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         ignore=arguments.ignore,
         device=device,
-        progress=lambda where: display(arguments.method, where),
+        progress=lambda where: display(chosen.method, where),
         **changes(arguments),
     )
     display.close()
-    recorded = {
-        **report.to_dict(),
-        "model": arguments.model,
-        "calibration": tokens.source,
-        "command": arguments.command_line,
-    }
+    recorded = _recorded(report, tokens, arguments)
     with quiet_transformers():
         save_pruned(loaded.model, loaded.tokenizer, arguments.out, recorded, force=arguments.force)
     if arguments.json:
@@ -113,18 +111,21 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     for folder in (arguments.out, arguments.save):
         if folder:
             check_target(folder, arguments.force)
+    if arguments.out and arguments.save:
+        checks.apart({"--out": arguments.out, "--save": arguments.save})
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
     if not methods:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
-    build_all(methods, arguments.sparsity, **changes(arguments))
+    settings(arguments, methods)
     device = checks.device(arguments.device)
     loaded = _load(arguments)
+    check_ignored(loaded.model, arguments.ignore)
     tokens = _calibration(arguments, loaded)
     texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
     seqlen = _window(arguments.eval_seqlen, loaded, "--eval-seqlen")
     del loaded
     display = ProgressDisplay(arguments.quiet)
-    keeper = _BestModel(arguments)
+    keeper = _BestModel(arguments, tokens)
 
     def done(name: str, value: float, seconds: float) -> None:
         display.line(
@@ -143,27 +144,33 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         device=device,
         progress=display,
         done=done,
+        pruned=keeper.pruned,
         ignore=tuple(arguments.ignore),
         **changes(arguments),
     )
     display.close()
     report["command"] = arguments.command_line
-    print(comparison_table(report))
-    if arguments.out:
+    if arguments.out:  # before anything is printed, which may fail
         write_report(report, arguments.out, force=arguments.force)
-        print(f"\nreport: {arguments.out / 'report.html'}")
-    if arguments.save:
-        print(f"{'' if arguments.out else chr(10)}model of {keeper.best}: {arguments.save}")
     if arguments.json:
         write_text_atomic(arguments.json, to_json(report))
+    print(comparison_table(report))
+    if arguments.out:
+        print(f"\nreport: {arguments.out / 'report.html'}")
+    if arguments.save and keeper.best is None:
+        warnings.warn(f"no perplexity is a finite number: nothing was written to {arguments.save}", stacklevel=1)
+    elif arguments.save:
+        print(f"{'' if arguments.out else chr(10)}model of {keeper.best}: {arguments.save}")
 
 
 class _BestModel:
     """Loads models for a comparison and, with ``--save``, keeps the one with the lowest perplexity on disk."""
 
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(self, arguments: argparse.Namespace, tokens: TokenSet):
         self._arguments = arguments
+        self._tokens = tokens
         self._latest: LoadedModel | None = None
+        self._report: PruneReport | None = None
         self._lowest = math.inf
         self.best: str | None = None
 
@@ -174,27 +181,40 @@ class _BestModel:
             self._latest = loaded
         return loaded
 
+    def pruned(self, report: PruneReport) -> None:
+        """How the model loaded last was pruned."""
+        self._report = report
+
     def done(self, method: str, perplexity: float) -> None:
         """A method has pruned and evaluated the model loaded last."""
-        if self._latest is None or method == "dense" or not perplexity < self._lowest:
+        if self._latest is None or self._report is None or not perplexity < self._lowest:
             return
         asked = self._arguments
-        recorded = {
-            **{"method": method, "sparsity": asked.sparsity, "seed": asked.seed, "model": asked.model},
-            **{"versions": versions(), "perplexity": perplexity, "command": asked.command_line},
-        }
+        recorded = {**_recorded(self._report, self._tokens, asked), "perplexity": perplexity}
         force = asked.force or self.best is not None
         with quiet_transformers():
             save_pruned(self._latest.model, self._latest.tokenizer, asked.save, recorded, force=force)
+        asked.kept = f"{asked.save} holds the model of {method}"
         self.best, self._lowest = method, perplexity
 
 
 def inspect(arguments: argparse.Namespace) -> None:
     """``wandapp inspect DIR``"""
-    found = inspect_folder(arguments.folder)
+    bundled = arguments.folder in BUNDLED
+    found = inspect_folder(bundled_folder(arguments.folder) if bundled else arguments.folder)
     print(format_inspection(found, every_layer=arguments.layers))
     if arguments.json:
         write_text_atomic(arguments.json, to_json(found))
+
+
+def _recorded(report: PruneReport, tokens: TokenSet, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``wandapp.json`` holds."""
+    return {
+        **report.to_dict(),
+        "model": arguments.model,
+        "calibration": tokens.source,
+        "command": arguments.command_line,
+    }
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:

@@ -7,17 +7,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
-from wandapp_kernels.checkpoint.files import read_json
-from wandapp_kernels.checkpoint.save import RECORD, save_pruned, to_json
+from wandapp_kernels.checkpoint.save import save_pruned, to_json
 from wandapp_kernels.cli import checks
 from wandapp_kernels.cli.arguments import MODEL_HELP
-from wandapp_kernels.errors import ModelError
+from wandapp_kernels.errors import ModelError, NonFiniteError, UsageError
 from wandapp_kernels.models.bundled import quiet_transformers
+from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel, load_model
 from wandapp_kernels.report.tables import human_bytes, percent
 from wandapp_kernels.runtime.folder import save_compressed
-from wandapp_kernels.runtime.swap import MIN_SPARSITY, desparsify, sparse_layers, sparsify
+from wandapp_kernels.runtime.swap import MIN_SPARSITY, SwapReport, desparsify, sparse_layers, sparsify
+
+# Of the reasons why layers stay dense, so many are told.
+_REASONS = 3
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -31,38 +36,34 @@ def add(command: argparse.ArgumentParser) -> None:
         help="compressed: read by wandapp_kernels only; dense: zeros in place, read by all (default: %(default)s)",
     )
     command.add_argument(
-        "--pattern", default="auto", help="n:m or unstructured for every layer that has it; auto: the smallest form"
+        "--pattern", help="n:m or unstructured for every layer that has it; auto: the smallest form (auto)"
     )
-    command.add_argument(
-        "--min-sparsity", type=float, default=MIN_SPARSITY, help="of unstructured layers (%(default)s)"
-    )
+    command.add_argument("--min-sparsity", type=float, help=f"of unstructured layers ({MIN_SPARSITY})")
     command.add_argument(
         "--ignore", action="append", default=[], metavar="NAME", help="keep dense: name, suffix or 're:…'; repeatable"
     )
-    command.add_argument("--dtype", default="auto", help="convert weights to float32, bfloat16, … (default: as stored)")
+    command.add_argument(
+        "--dtype",
+        type=checks.dtype,
+        default="auto",
+        help="convert weights to float32, bfloat16, … (default: as stored)",
+    )
     command.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     command.add_argument("--json", type=Path, metavar="FILE", help="write what was done to every layer here")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, swap or unswap, write."""
-    checks.fraction(arguments.min_sparsity, "--min-sparsity")
+    asked = _asked(arguments)
     check_target(arguments.out, arguments.force)
     loaded = load_model(arguments.model, dtype=arguments.dtype)
-    record, before = _record(loaded), _weight_bytes(loaded.folder)  # OUT may replace the folder
+    check_ignored(loaded.model, arguments.ignore)
+    _check_finite(loaded, arguments.dtype)
+    record, before = loaded.record, _weight_bytes(loaded.folder)  # OUT may replace the folder
     found: dict[str, Any] = {"model": arguments.model, "format": arguments.format}
     if arguments.format == "compressed":
-        report = sparsify(
-            loaded.model,
-            arguments.pattern,
-            ignore=arguments.ignore,
-            min_sparsity=arguments.min_sparsity,
-            layouts="canonical",
-        )
-        layers = {name: layer for name, layer in sparse_layers(loaded.model)}
-        if not layers:
-            raise ModelError(f"no layer of {arguments.model} can be compressed; prune it first (wandapp prune)")
-        kinds = Counter(layer.pattern for layer in layers.values())
+        report = _compress(loaded, asked)
+        kinds = Counter(layer.pattern for _, layer in sparse_layers(loaded.model))
         what = ", ".join(f"{count} × {pattern}" for pattern, count in kinds.items())
         with quiet_transformers():
             save_compressed(loaded.model, loaded.tokenizer, arguments.out, record, force=arguments.force)
@@ -81,10 +82,38 @@ def run(arguments: argparse.Namespace) -> None:
         write_text_atomic(arguments.json, to_json(found))
 
 
-def _record(loaded: LoadedModel) -> dict[str, Any]:
-    """What pruned the model; it travels with the weights."""
-    path = loaded.folder / RECORD if loaded.folder is not None else None
-    return read_json(path) if path is not None and path.exists() else {}
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the compressed form that were given, as keywords of ``sparsify``."""
+    if arguments.min_sparsity is not None:
+        checks.fraction(arguments.min_sparsity, "--min-sparsity")
+    names = ("pattern", "min_sparsity", "ignore")
+    asked = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
+    if asked and arguments.format == "dense":
+        typed = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise UsageError(f"{typed} cannot be used with --format dense, which decompresses every layer; leave it out")
+    return asked
+
+
+def _compress(loaded: LoadedModel, asked: dict[str, Any]) -> SwapReport:
+    if asked:
+        desparsify(loaded.model)  # layers that are compressed already would stay as they are
+    report = sparsify(loaded.model, **asked, layouts="canonical")
+    if not any(sparse_layers(loaded.model)):
+        reasons = Counter(report.left_dense.values()).most_common(_REASONS)
+        why = "; ".join(f"{count} layer{'s' * (count > 1)}: {reason}" for reason, count in reasons)
+        raise ModelError(
+            f"no layer of {loaded.name} can be compressed ({why or 'it has none'}); prune it first (wandapp prune), or "
+            "choose another form"
+        )
+    return report
+
+
+def _check_finite(loaded: LoadedModel, dtype: str) -> None:
+    for name, tensor in loaded.model.state_dict().items():
+        # No temporaries: an embedding is large. NaN passes through aminmax.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            what = "get the checkpoint again" if dtype == "auto" else f"get it again, or a wider --dtype than {dtype}"
+            raise NonFiniteError(f"the tensor {name} of {loaded.name} holds NaN or infinity and is not written; {what}")
 
 
 def _weight_bytes(folder: Path | None) -> int:

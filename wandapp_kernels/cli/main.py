@@ -1,7 +1,8 @@
-"""Entry point and exit codes: 0 done, 1 failed with one sentence, 2 wrong usage, 130 interrupted."""
+"""Entry point and exit codes: 0 done, 1 failed with one sentence, 2 wrong usage, 130 interrupted, 141 broken pipe."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import traceback
@@ -30,9 +31,23 @@ _COMMANDS = {
     "bench": lambda arguments: _BENCHES[arguments.bench](arguments),
 }
 
+# 128 + SIGPIPE, what a shell says of a program whose reader has gone.
+_BROKEN_PIPE = 141
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``wandapp`` with ``argv`` (default: the process's arguments) and return the exit code."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has gone, as head does. What is buffered still must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     arguments.command_line = shlex.join(["wandapp", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -42,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_file(arguments.json)
             _COMMANDS[arguments.command](arguments)
         return 0
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
-        print("wandapp: interrupted; nothing was written", file=sys.stderr)
+        print(f"wandapp: interrupted; {getattr(arguments, 'kept', 'no result was written')}", file=sys.stderr)
         return 130
     except Exception as error:
         if arguments.debug:

@@ -57,7 +57,9 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sparsity", help="take dense layers as if they were pruned to n:m or a fraction (2:4 if all layers are dense)"
     )
-    command.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="default: as stored")
+    command.add_argument(
+        "--dtype", type=checks.dtype, default="auto", choices=("auto", *DTYPES), help="default: as stored"
+    )
     command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda when there is one)")
     command.add_argument("--seconds", type=float, default=1.0, help="for each shape and m (default: %(default)s)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
@@ -99,6 +101,10 @@ def layer_kinds(folder: Path, sparsity: str | None = None, dtype: str = "auto") 
         folder: dense (:func:`inspect_folder`) or compressed (``docs/format.md``).
         sparsity: what layers that are dense are taken for; None leaves them dense, unless all are: then 2:4.
         dtype: a name of ``DTYPES``, or ``"auto"`` for the stored type.
+
+    Raises:
+        ModelError: there are no such layers.
+        UsageError: ``sparsity`` is given and no layer is dense.
     """
     compressed = is_compressed(read_json(folder / "config.json"))
     kinds = _compressed_kinds(folder) if compressed else _dense_kinds(folder)
@@ -107,6 +113,8 @@ def layer_kinds(folder: Path, sparsity: str | None = None, dtype: str = "auto") 
     if sparsity is None and all(kind.pattern == DENSE for kind in kinds):
         sparsity = "2:4"
     assumed = None if sparsity is None else Pattern.parse(sparsity)
+    if assumed is not None and not any(kind.pattern == DENSE for kind in kinds):
+        raise UsageError(f"sparsity {sparsity!r} is for dense layers, but all of {folder} are sparse; leave it out")
     found: Counter[LayerKind] = Counter()
     for kind, count in kinds.items():
         changes: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}

@@ -55,6 +55,7 @@ def compare(
     device: torch.device,
     progress: Callable[[str, Progress], None] = lambda _method, _progress: None,
     done: Callable[[str, float, float], None] = lambda _method, _perplexity, _seconds: None,
+    pruned: Callable[[PruneReport], None] = lambda _report: None,
     known: dict[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda _result: None,
     **changes: Any,
@@ -66,6 +67,7 @@ def compare(
             is in memory at a time.
         changes: to the methods, see ``build_all``.
         progress: ``(method, where the walk is)``; done: ``(method, perplexity on the first text, pruning seconds)``.
+        pruned: called with each method's report, of which the result leaves out the layers, before it is evaluated.
         known: an earlier, partial result of the same comparison; what it holds is not measured again.
         keep: called with the result so far after each method, to resume from later.
 
@@ -87,7 +89,8 @@ def compare(
     finished = {entry["method"] for entry in result["methods"]}
     for chosen in settings:
         if chosen.method in finished:
-            continue
+            continue  # equal names mean the same composition, given twice
+        finished.add(chosen.method)
         loaded = load()
         report = prune_blocks(
             loaded.model,
@@ -96,6 +99,7 @@ def compare(
             device=device,
             progress=partial(progress, chosen.method),
         )
+        pruned(report)
         entry = _entry(report, score_texts(loaded, texts, eval_seqlen, device))
         result["methods"].append(entry)
         keep(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from wandapp_kernels.checkpoint.compressed import is_compressed
 from wandapp_kernels.checkpoint.files import INDEX, WEIGHTS, homes
 from wandapp_kernels.checkpoint.format import DTYPE_NAMES
+from wandapp_kernels.checkpoint.save import read_record
 from wandapp_kernels.errors import ModelError, UsageError, WandappError
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
 
@@ -43,9 +45,18 @@ class LoadedModel:
     name: str
     folder: Path | None
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the model was pruned, as ``wandapp.json`` of its folder says now; empty without one."""
+        return {} if self.folder is None else read_record(self.folder)
+
 
 def load_model(
-    name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None, tokenizer: bool = True
+    name: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    tokenizer: bool = True,
 ) -> LoadedModel:
     """Load a decoder-only language model from safetensors, refusing whatever would not be the model it claims to be.
 
@@ -55,7 +66,7 @@ def load_model(
     comes with a checkpoint is never run and pickled weights are never read.
 
     Args:
-        name: "smollm2-135m", "path/to/folder", "organisation/model".
+        name: "smollm2-135m", "path/to/folder", "organisation/model"; a ``pathlib.Path`` is always a folder.
         dtype: "auto" keeps the checkpoint's type; otherwise float16, bfloat16, float32 or float64, by name or as a
             torch.dtype.
         revision: branch, tag or commit of a hub model.
@@ -67,6 +78,8 @@ def load_model(
             encoder-decoder.
         CheckpointError: a compressed folder is not what it claims to be.
     """
+    if not isinstance(name, str):
+        name = os.path.abspath(Path(name).expanduser())  # which is neither a bundled name nor an id
     if not name.strip():
         raise UsageError(f"the model's name is empty; {_choices()}")
     wanted = _torch_dtype(dtype)

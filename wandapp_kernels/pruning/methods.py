@@ -71,6 +71,9 @@ def build_settings(
 ) -> PruneSettings:
     """Turn a row of ``METHODS`` and what the user changed about it into settings.
 
+    They are named after the row as long as criterion, update and regional optimiser are the row's; else after the row
+    that they are now, or after what they are made of: ``rgs+sparsegpt+ro``.
+
     Args:
         score: another criterion; update: another update, ``"none"`` for no repair; regional_optimizer: on or off.
         preset: ``"paper"`` sets the regional optimiser's rate to the paper's absolute 3e-7.
@@ -92,13 +95,18 @@ def build_settings(
         chosen = None
     elif regional_optimizer and chosen is None:
         chosen = PAGE
+    pattern = Pattern.parse(sparsity)
+    group = settings.pop("group", row.group)
+    written = settings.pop("self_calibration", row.self_calibration)
+    composed = Method(criterion, "", repair, chosen, group, written)
     if preset not in (None, "paper"):
         raise UsageError(f"preset {preset!r} is unknown; the only one is 'paper'")
     changes = {"absolute_lr": 3e-7} if preset == "paper" else {}
     changes.update(optimizer or {})
     if changes:
         if chosen is None:
-            raise UsageError(f"{', '.join(changes)} belong to the regional optimiser, which {method!r} does not use")
+            named = ["preset"] * (preset is not None) + list(optimizer or {})
+            raise UsageError(f"{', '.join(named)} belong to the regional optimiser, which {method!r} does not use")
         unknown = set(changes) - set(asdict(chosen))
         if unknown:
             raise UsageError(
@@ -106,13 +114,13 @@ def build_settings(
             )
         chosen = replace(chosen, **changes)
     return PruneSettings(
-        pattern=Pattern.parse(sparsity),
-        method=method,
+        pattern=pattern,
+        method=_name(method, composed, pattern),
         criterion=criterion,
         update=repair,
         optimizer=chosen,
-        group=settings.pop("group", row.group),
-        self_calibration=settings.pop("self_calibration", row.self_calibration),
+        group=group,
+        self_calibration=written,
         **settings,
     )
 
@@ -132,6 +140,27 @@ def build_all(methods: Sequence[str], sparsity: str | float | Pattern, **changes
         build_settings(method, sparsity, **changes) if settings.optimizer else settings
         for method, settings in zip(methods, plain, strict=True)
     ]
+
+
+def _name(method: str, composed: Method, pattern: Pattern) -> str:
+    """What a composition is called that was asked for as ``method``; equal names mean the same composition."""
+    row = METHODS[method]
+    if (composed.criterion, composed.update, composed.optimizer) == (row.criterion, row.update, row.optimizer):
+        return method
+    # n:m patterns compare within their groups of m, whatever else is compared.
+    free = not pattern.is_nm
+    for name, known in METHODS.items():
+        if replace(known, source="", group=known.group if free else composed.group) == composed:
+            return name
+    parts = [composed.criterion]
+    if composed.update is not None:
+        parts.append(composed.update)
+    if composed.optimizer is not None:
+        parts.append("ro" if composed.optimizer == PAGE else f"ro-{method}")
+    if composed.self_calibration:
+        parts.append("self-calibration")
+    name = "+".join(parts)
+    return f"{name}, by {composed.group}" if free and (composed.group != "row" or name in METHODS) else name
 
 
 def _lookup(kind: str, table: dict[str, Any], name: str) -> Any:

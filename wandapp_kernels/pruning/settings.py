@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,8 +58,8 @@ class OptimizerSettings:
         _choice("loss", self.loss, ("sum", "token"))
         if self.rounds < 1 or self.batch < 1 or self.samples < 0:
             raise UsageError("the regional optimiser needs at least one round, one sample a step and samples >= 0")
-        if (self.absolute_lr if self.absolute_lr is not None else self.relative_lr) <= 0:
-            raise UsageError("the regional optimiser's learning rate must be above 0; leave the optimiser out instead")
+        if not 0 < (self.absolute_lr if self.absolute_lr is not None else self.relative_lr) < math.inf:
+            raise UsageError("the regional optimiser's learning rate must be above 0 and finite; leave it out instead")
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class PruneSettings:
         _choice("x_norm", self.x_norm, ("sum", "mean"))
         if self.self_calibration < 0:
             raise UsageError(f"self_calibration is {self.self_calibration} tokens; give 0 or more")
-        if self.alpha < 0:
-            raise UsageError(f"alpha is {self.alpha:g}; it weighs the gradient and cannot be negative")
+        if not 0 <= self.alpha < math.inf:
+            raise UsageError(f"alpha is {self.alpha:g}; it weighs the gradient and must be a number from 0 up")
 
 
 def recorded_settings(settings: PruneSettings) -> dict[str, Any]:

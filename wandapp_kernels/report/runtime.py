@@ -64,11 +64,16 @@ def sentences(result: dict[str, Any]) -> list[str]:
         f"{entry['same']} of {entry['of']} ({entry['dtype']}, prompt {entry['prompt']}, batch {entry['batch']})"
         for entry in result["same_tokens"]
     )
+    memory = (
+        "memory without that of Python and its libraries"
+        if result.get("threads", 1)
+        else "memory as torch allocated it"
+    )
     return [
         f"Layers: {layers}.",
         f"Greedy tokens equal to those of the dense model of the same type, from the first on: {tokens}.",
         f"Medians of {result['rounds']} interleaved rounds of {result['new_tokens']} new tokens, dense is torch's own "
-        "product; CPU seconds are the process's, on all threads; memory without that of Python and its libraries; "
+        f"product; CPU seconds are the process's, on all threads; {memory}; "
         f"{result['device']}, {result['date']}.",
     ]
 

@@ -66,7 +66,7 @@ def generate_timed(
     """``model.generate``, always the most likely token whatever the model's own generation settings say, with a clock.
 
     Args:
-        ids: int64 ``[batch, prompt]``, no padding.
+        ids: int64 ``[batch, prompt]``, no padding; on any device.
         max_new_tokens: at most; with ``stop=False`` exactly so many, past any end-of-text token.
         cache: ``"dynamic"`` or ``"static"`` (transformers' key/value caches); None: static when compiled, else dynamic.
         compiled: the decode step runs compiled (`compiling.compile_config`), the prefill does not. Compiling takes a
@@ -126,6 +126,7 @@ def _generate(
         raise UsageError("a compiled decode step needs a cache of fixed size; choose the static cache")
     if max_new_tokens < 1:
         raise UsageError(f"{max_new_tokens} new tokens were asked for; ask for at least 1")
+    ids = ids.to(model.device)
     own: Any = model.generation_config
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from wandapp_kernels import dispatch
@@ -13,8 +14,6 @@ from wandapp_kernels.backends import DENSE
 from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
 from wandapp_kernels.runtime.swap import desparsify, sparse_layers, sparsify
-
-BACKEND_CHOICES = ("auto", DENSE, "cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,23 @@ class Prepared:
         return dispatch.only(self.family)
 
 
-def prepare(model: nn.Module, backend: str = "auto", *, tune: bool = False) -> Prepared:
+def prepare(
+    model: nn.Module, backend: str = "auto", *, tune: bool = False, device: torch.device | None = None
+) -> Prepared:
     """Swap a model, dense or compressed, in place, so that ``backend`` runs it.
 
     Args:
         backend: ``"auto"`` swaps what is sparse and lets dispatch choose; ``"dense"`` gives every layer its dense
-            weight back; another name is a family of backends (``"cpu"``, ``"reference"``): layouts are chosen for it.
+            weight back; another name is a family of backends (``"cpu"``, ``"cuda"``, …): layouts are chosen for it.
         tune: see `swap.sparsify`; layers that are compressed already are measured too, and become dense where the
             dense product is faster.
+        device: where the model goes first, since layouts are chosen for the device it is on; None: it stays.
 
     Raises:
         UsageError: there is no backend of that family here.
     """
+    if device is not None:
+        model.to(device)
     if backend == DENSE:
         desparsify(model)
         return Prepared("all layers dense", None)

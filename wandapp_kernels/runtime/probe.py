@@ -16,13 +16,13 @@ import torch
 from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.load import load_model
 from wandapp_kernels.runtime.generation import generate_timed
-from wandapp_kernels.runtime.memory import peak_bytes, release_free_memory, reset_peak, resident_bytes
+from wandapp_kernels.runtime.memory import CPU, peak_bytes, release_free_memory, reset_peak, resident_bytes
 from wandapp_kernels.runtime.prepare import prepare, weight_bytes
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes, as the operating system counts them.
+    """Bytes, as the operating system counts them, or what torch allocated on a GPU.
 
     Attributes:
         before: resident with the libraries loaded and no model.
@@ -39,13 +39,15 @@ class MemoryUse:
     weights: int
 
 
-def measure_memory(folder: str | Path, backend: str, dtype: str, ids: list[int], new_tokens: int) -> MemoryUse:
-    """Load ``folder`` in a new process, generate, and say what that took.
+def measure_memory(
+    folder: str | Path, backend: str, dtype: str, ids: list[int], new_tokens: int, device: torch.device = CPU
+) -> MemoryUse:
+    """Load ``folder`` in a new process, generate on ``device``, and say what that took there.
 
     Raises:
         ModelError: the process failed; its last line says why.
     """
-    request = json.dumps([str(folder), backend, dtype, ids, new_tokens, torch.get_num_threads()])
+    request = json.dumps([str(folder), backend, dtype, ids, new_tokens, torch.get_num_threads(), str(device)])
     done = subprocess.run([sys.executable, "-m", __name__], input=request, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -54,23 +56,24 @@ def measure_memory(folder: str | Path, backend: str, dtype: str, ids: list[int],
 
 
 def _main() -> str:
-    folder, backend, dtype, ids, new_tokens, threads = json.load(sys.stdin)
+    folder, backend, dtype, ids, new_tokens, threads, place = json.load(sys.stdin)
     torch.set_num_threads(threads)
+    device = torch.device(place)
     release_free_memory()
-    reset_peak()
-    before = resident_bytes()
+    reset_peak(device)
+    before = resident_bytes(device)
     loaded = load_model(folder, dtype=dtype, tokenizer=False)
-    prepared = prepare(loaded.model, backend)
-    load_peak = peak_bytes()
+    prepared = prepare(loaded.model, backend, device=device)
+    load_peak = peak_bytes(device)
     release_free_memory()
-    reset_peak()
+    reset_peak(device)
     with prepared.running():
         generate_timed(loaded.model, torch.tensor([ids]), new_tokens, stop=False)
     found = MemoryUse(
         before=before,
         load_peak=load_peak - before,
-        resident=resident_bytes() - before,
-        generate_peak=peak_bytes() - before,
+        resident=resident_bytes(device) - before,
+        generate_peak=peak_bytes(device) - before,
         weights=weight_bytes(loaded.model),
     )
     return json.dumps(asdict(found))
