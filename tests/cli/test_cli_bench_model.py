@@ -54,18 +54,18 @@ def test_the_result(folder: Path, tmp_path: Path, capsys) -> None:
 
 def test_compiled_forms_beside_the_others(tmp_path: Path) -> None:
     pruned_model("llama", ("2:4",), num_hidden_layers=1).save_pretrained(tmp_path / "dense")
-    short = ["--prompts", "4", "--batch", "1,2", "--new-tokens", "3", "--rounds", "1", "--no-memory", "--quiet"]
+    short = ["--prompts", "4,6", "--batch", "1,2", "--new-tokens", "3", "--rounds", "1", "--no-memory", "--quiet"]
     command = ["bench", "model", str(tmp_path / "dense"), *short, "--compile", "--json", str(tmp_path / "found.json")]
     assert main(command) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     forms = ["dense float32", "sparse float32", "dense float32 compiled", "sparse float32 compiled"]
-    assert [row["name"] for row in found["speed"]] == forms * 2
-    assert len({str(row["tokens"][0]) for row in found["speed"]}) == 1
-    ways = [(entry["dtype"], entry["batch"], entry["same"]) for entry in found["same_tokens"]]
+    assert [row["name"] for row in found["speed"]] == forms * 2 + forms[:2]
+    assert len({str(row["tokens"][0]) for row in found["speed"] if row["prompt"] == 4}) == 1
+    ways = [(entry["dtype"], entry["batch"], entry["same"]) for entry in found["same_tokens"] if entry["prompt"] == 4]
     assert ways == [(way, batch, 3) for batch in (1, 2) for way in ("float32", "float32 compiled")]
     assert set(found["layers"]) == set(forms[:2])
     # Ratios of compiled forms are to the compiled dense form.
-    rates = {row["name"]: row["tokens_per_second"] for row in found["speed"] if row["batch"] == 1}
+    rates = {row["name"]: row["tokens_per_second"] for row in found["speed"] if (row["prompt"], row["batch"]) == (4, 1)}
     row = next(row for row in speed_rows(found)[1] if row[0] == forms[3])
     assert row[6] == number(rates[forms[3]] / rates[forms[2]])
     assert row[7] == number(rates[forms[3]] / max(rates[forms[0]], rates[forms[2]]))

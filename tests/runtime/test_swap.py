@@ -173,6 +173,8 @@ def test_wrong_requests() -> None:
         wk.prune(loaded.model, "wiki")
     with pytest.raises(UsageError, match="samples have 65 tokens, but the model's context is 64"):
         wk.prune(loaded.model, token_ids(1, 65))
+    with pytest.raises(UsageError, match="'down_prj', is that of no linear layer"):
+        sparsify(pruned_model("llama"), ignore="down_prj")
     with pytest.raises(UsageError, match="give a torch module"):
         sparsify(None)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="from_linear"):

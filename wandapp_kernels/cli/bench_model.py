@@ -52,7 +52,9 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounds", type=int, default=3, help="rounds, of which the median (default: %(default)s)")
     command.add_argument("--tune", action="store_true", help="measure the kernels for this model's shapes first")
     command.add_argument(
-        "--compile", action="store_true", help="each form also with its decode step compiled; minutes more"
+        "--compile",
+        action="store_true",
+        help="each form also with its decode step compiled, at the first prompt length; takes minutes more",
     )
     command.add_argument("--no-memory", action="store_true", help="leave memory out: it needs a process for every form")
     command.add_argument("--report", type=Path, metavar="DIR", help="add the result to the report compare wrote there")

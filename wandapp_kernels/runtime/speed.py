@@ -69,7 +69,8 @@ def measure_speed(
 
     Args:
         prompts: length -> int64 ``[1, length]``; a batch repeats it.
-        settings: pairs ``(prompt length, batch size)``.
+        settings: pairs ``(prompt length, batch size)``. Contenders that decode compiled run only at the first prompt
+            length: the prefill is not compiled, and compiling anew for every length would take minutes.
         new_tokens: decoded in every run, at least 2.
         rounds: after one that is not counted; the order of the contenders rotates.
 
@@ -80,16 +81,17 @@ def measure_speed(
     total = len(settings) * (rounds + 1)
     for position, (prompt, batch) in enumerate(settings):
         ids = prompts[prompt].repeat(batch, 1)
-        runs: dict[str, list[Generation]] = {contender.name: [] for contender in contenders}
+        present = [contender for contender in contenders if not contender.compiled or prompt == settings[0][0]]
+        runs: dict[str, list[Generation]] = {contender.name: [] for contender in present}
         for round_ in range(rounds + 1):
-            for turn in range(len(contenders)):
-                contender = contenders[(round_ + turn) % len(contenders)]
+            for turn in range(len(present)):
+                contender = present[(round_ + turn) % len(present)]
                 if round_:
                     runs[contender.name].append(contender.generate(ids, new_tokens))
                 else:
                     contender.warm_up(ids, new_tokens)
             progress(position * (rounds + 1) + round_ + 1, total)
-        if any(contender.compiled for contender in contenders):
+        if any(contender.compiled for contender in present):
             torch.compiler.reset()  # a function is compiled a few times, then it runs as it is
         for name, counted in runs.items():
             figures = (

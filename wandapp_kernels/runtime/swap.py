@@ -15,6 +15,7 @@ from wandapp_kernels.checkpoint.compressed import METHOD
 from wandapp_kernels.checkpoint.format import DTYPES, UNSTRUCTURED, compressed_bytes, smallest_pattern
 from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, UsageError
 from wandapp_kernels.models.checks import require_module
+from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.names import as_patterns, matches
 from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.runtime.dense_linear import DenseLinear, use_dense_kernels, use_torch
@@ -106,8 +107,8 @@ def sparsify(
             and dense layers as they are: for writing a checkpoint.
 
     Raises:
-        UsageError: an impossible pattern, ``min_sparsity`` or ``layouts``, ``targets`` that choose no layer, or
-            something that is no module.
+        UsageError: an impossible pattern, ``min_sparsity`` or ``layouts``, ``targets`` that choose no layer, an
+            ``ignore`` that is no layer's name, or something that is no module.
         ModelError: ``model`` itself is a linear layer, so that there is nothing to hang the new one in.
     """
     if not 0 <= min_sparsity <= 1:
@@ -124,6 +125,7 @@ def sparsify(
         raise UsageError(
             f"no linear layer of the model is chosen by {', '.join(as_patterns(targets))}; its last is {names[-1:]}"
         )
+    check_ignored(model, as_patterns(ignore))
     shared = _shared_weights(model)
     report = SwapReport()
     for name in names:
