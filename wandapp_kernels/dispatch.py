@@ -25,7 +25,6 @@ from wandapp_kernels.backends import (
     Backend,
     Call,
     DecompressBackend,
-    Held,
     Problem,
     UnusableError,
     backends_of,
@@ -34,7 +33,6 @@ from wandapp_kernels.backends import (
     epoch,
     layouts_of,
     load_backends,
-    marks_of,
     token_bucket,
 )
 from wandapp_kernels.errors import UsageError
@@ -45,7 +43,7 @@ from wandapp_kernels.tuning.store import Measurement, Store
 
 _stores: dict[str, Store] = {}
 _memo: dict[tuple[Any, ...], Backend] = {}
-_calls: dict[tuple[Any, ...], Call] = {}
+_calls: dict[tuple[Any, ...], list[Call]] = {}
 # Of weights that are gone nothing is known; a large model has a thousand, each at a few numbers of tokens.
 _MOST_CALLS = 1 << 14
 _frozen = False
@@ -321,32 +319,36 @@ def run_together(
     x: torch.Tensor, weights: Sequence[Weight], in_features: int, pattern: str, layout: str
 ) -> list[torch.Tensor]:
     """The runner under `ops.linears` (``ops.running.TogetherRunner``): calls are kept, as layers keep theirs."""
-    calls = [
-        (_kept_call(x, (tensors, bias), (rows, in_features), pattern, layout), (tensors, bias))
-        for tensors, bias, rows in weights
-    ]
-    (first, held), *others = calls
-    if others and first.kind is not None and all(call.kind == first.kind for call, _ in others):
-        return first.run_together(x, others, held)
-    return [call(x, its) for call, its in calls]
+    bucket = (x.numel() // in_features - 1).bit_length()
+    marks: list[Any] = [epoch(), layout, pattern, in_features, x.dtype, bucket, torch.get_num_threads()]
+    kept = True
+    for tensors, bias, rows in weights:
+        marks += (rows, tensors[0].numel(), None if bias is None else bias.data_ptr())
+        for tensor in tensors:
+            marks.append(tensor.data_ptr())
+            kept = kept and tensor.is_contiguous()
+        kept = kept and (bias is None or bias.is_contiguous())
+    key = tuple(marks)
+    calls = _calls.get(key) if kept else None
+    if calls is None:
+        calls = [_call_for(x, weight, in_features, pattern, layout) for weight in weights]
+        if kept:
+            if len(_calls) >= _MOST_CALLS:
+                _calls.clear()
+            _calls[key] = calls
+    first = calls[0]
+    if len(calls) > 1 and first.kind is not None and all(call.kind == first.kind for call in calls):
+        others = [(call, weight[:2]) for call, weight in zip(calls[1:], weights[1:], strict=True)]
+        return first.run_together(x, others, weights[0][:2])
+    return [call(x, weight[:2]) for call, weight in zip(calls, weights, strict=True)]
 
 
-def _kept_call(x: torch.Tensor, held: Held, shape: tuple[int, int], pattern: str, layout: str) -> Call:
-    if len(_calls) >= _MOST_CALLS:
-        _calls.clear()
-    tensors, bias = held
-    bucket = (x.numel() // shape[1] - 1).bit_length()
-    key = (epoch(), layout, pattern, shape, bucket, torch.get_num_threads(), *marks_of(held))
-    call = _calls.get(key)
-    if call is None:
-        if layout == DENSE:
-            problem = problem_for(*shape, DENSE, x.numel() // shape[1], x.dtype, x.device)
-            call = choose_dense(problem).bind(tensors, bias, shape, None)
-        else:
-            call = bind(x, tensors, bias, shape, pattern, layout)
-        if all(tensor.is_contiguous() for tensor in (*tensors, *(() if bias is None else (bias,)))):
-            _calls[key] = call
-    return call
+def _call_for(x: torch.Tensor, weight: Weight, in_features: int, pattern: str, layout: str) -> Call:
+    tensors, bias, rows = weight
+    if layout != DENSE:
+        return bind(x, tensors, bias, (rows, in_features), pattern, layout)
+    problem = problem_for(rows, in_features, DENSE, x.numel() // in_features, x.dtype, x.device)
+    return choose_dense(problem).bind(tensors, bias, (rows, in_features), None)
 
 
 def _decide(

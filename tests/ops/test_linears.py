@@ -143,12 +143,19 @@ def test_a_kept_call_is_never_another_weights(monkeypatch: pytest.MonkeyPatch) -
     tensors[0] = tensors[0].contiguous()
     with dispatch.only("reference"):
         check()
-        assert {call.backend.name for call in dispatch._calls.values()} == {"reference-nm"}
+        assert {call.backend.name for calls in dispatch._calls.values() for call in calls} == {"reference-nm"}
     check()
     monkeypatch.setattr(dispatch, "_MOST_CALLS", 2)
     for n in range(4, 12):
         ops.linears(x, [weight("nm", n)], K, "2:4", "nm")
     assert len(dispatch._calls) <= 2
+
+
+def test_a_weight_and_its_transpose_lie_at_one_address() -> None:
+    x, square = torch.randn(2, K), torch.randn(K, K)
+    for dense in (square, square.T, square):
+        y = ops.linears(x, [([dense], None, K)], K, "", "dense")[0]
+        torch.testing.assert_close(y, functional.linear(x, dense), rtol=1e-5, atol=1e-5)
 
 
 def test_eager_mode_keeps_its_own_way() -> None:

@@ -11,6 +11,7 @@ from pruned_models import pruned_linear, pruned_model
 from tiny_models import tiny_model, token_ids
 from torch import fx, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.utils import run_and_get_code
 
 from wandapp_kernels import ops
 from wandapp_kernels.errors import KernelError, UsageError
@@ -160,6 +161,19 @@ def test_torch_finds_the_backend_by_name() -> None:
     x = torch.randn(2, 16)
     fast = torch.compile(block, backend="wandapp", options={"max_autotune": False})
     torch.testing.assert_close(fast(x), block(x))
+
+
+@torch.no_grad()
+def test_generated_code_does_not_go_through_torchs_dispatcher(groups: list[int]) -> None:
+    pytest.importorskip("torch._inductor.codegen.custom_extern_kernel_codegen", reason="this torch has no hook for it")
+    block = Block()
+    x = torch.randn(2, 16)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        y, code = run_and_get_code(torch.compile(block, backend="wandapp"), x)
+    torch.testing.assert_close(y, block(x))
+    assert groups == [3, 1]
+    called = "\n".join(code)
+    assert called.count("= torch.ops.wandapp.linears_now(") == 2 and "torch.ops.wandapp.linears.default(" not in called
 
 
 def test_the_configuration_is_that_of_the_device() -> None:

@@ -23,25 +23,24 @@ torch.library.define(
 
 
 def _weights(
-    x: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    out_features: Sequence[int],
-    in_features: int,
+    tensors: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], out_features: Sequence[int]
 ) -> list[Weight]:
     each, left = divmod(len(tensors), max(len(out_features), 1))
     if left or not each or len(biases) != len(out_features):
         raise UsageError(
             f"linears: {len(tensors)} tensors and {len(biases)} biases cannot be those of {len(out_features)} weights"
         )
-    weights: list[Weight] = []
-    for i, rows in enumerate(out_features):
-        own = tensors[i * each : (i + 1) * each]
-        check_linear("linears", x, own, biases[i], rows, in_features)
-        if own[0].dtype != x.dtype:
-            raise UsageError(f"linears: x is {x.dtype}, but the weight is {own[0].dtype}")
-        weights.append((own, biases[i], rows))
-    return weights
+    return [
+        (tensors[i * each : (i + 1) * each], bias, rows)
+        for i, (bias, rows) in enumerate(zip(biases, out_features, strict=True))
+    ]
+
+
+def _check(x: torch.Tensor, weights: Sequence[Weight], in_features: int) -> None:
+    for tensors, bias, rows in weights:
+        check_linear("linears", x, tensors, bias, rows, in_features)
+        if tensors[0].dtype != x.dtype:
+            raise UsageError(f"linears: x is {x.dtype}, but the weight is {tensors[0].dtype}")
 
 
 @torch.library.impl("wandapp::linears", "CPU")
@@ -54,7 +53,8 @@ def _linears(
     pattern: str,
     layout: str,
 ) -> list[torch.Tensor]:
-    weights = _weights(x, tensors, biases, out_features, in_features)
+    weights = _weights(tensors, biases, out_features)
+    _check(x, weights, in_features)
     return run_together(x, weights, in_features, pattern, layout)
 
 
@@ -68,7 +68,7 @@ def _shapes(
     pattern: str,
     layout: str,
 ) -> list[torch.Tensor]:
-    _weights(x, tensors, biases, out_features, in_features)
+    _check(x, _weights(tensors, biases, out_features), in_features)
     return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
 
 
@@ -93,6 +93,23 @@ def linears(
     tensors = [tensor for own, _, _ in weights for tensor in own]
     biases, rows = [bias for _, bias, _ in weights], [rows for _, _, rows in weights]
     return torch.ops.wandapp.linears.default(x, tensors, biases, rows, in_features, pattern, layout)
+
+
+def linears_now(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out_features: Sequence[int],
+    in_features: int,
+    pattern: str,
+    layout: str,
+) -> list[torch.Tensor]:
+    """The operator without torch's dispatcher, for code that was generated for shapes checked while it was traced."""
+    return run_together(x, _weights(tensors, biases, out_features), in_features, pattern, layout)
+
+
+# Where generated code finds it (`runtime.compiling`), in a process that reads it from a cache too.
+torch.ops.wandapp.linears_now = linears_now  # type: ignore[attr-defined]
 
 
 def traced_without_gradients(x: torch.Tensor, values: torch.Tensor) -> bool:

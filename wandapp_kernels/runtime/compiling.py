@@ -34,6 +34,7 @@ def compile_graph(
     from torch._dynamo import lookup_backend
 
     run_together(graph)
+    _call_directly()
     inductor: Callable[..., Any] = lookup_backend("inductor")
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
     return inductor(graph, example_inputs, config_patches=patches) if patches else inductor(graph, example_inputs)
@@ -82,6 +83,23 @@ def run_together(graph: fx.GraphModule) -> int:
     graph.graph.lint()
     graph.recompile()
     return sum(len(group) - 1 for group in groups)
+
+
+def _call_directly() -> None:
+    """Let Inductor's code call what is under ``wandapp::linears``: torch's dispatcher takes as long as a small linear.
+
+    Where torch has no such hook, its code calls the operator.
+    """
+    try:
+        from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+    except ImportError:
+        return
+    CUSTOM_EXTERN_KERNEL_CODEGEN["torch.ops.wandapp.linears.default"] = CustomCodegen(python=_write_call)
+
+
+def _write_call(node: Any, writeline: Callable[[str], None]) -> None:
+    arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
+    writeline(f"{node.get_name()} = torch.ops.wandapp.linears_now({arguments})")
 
 
 def _merge(graph: fx.Graph, group: Sequence[fx.Node]) -> None:
