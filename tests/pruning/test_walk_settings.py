@@ -309,7 +309,7 @@ def test_any_score_goes_with_any_update_and_the_optimizer() -> None:
         ({"score": "hessian"}, "score 'hessian'"),
         ({"update": "obc"}, "update 'obc'"),
         ({"preset": "community"}, "preset 'community'"),
-        ({"preset": "paper"}, "absolute_lr"),
+        ({"preset": "paper"}, "preset belong to the regional optimiser"),
         ({"regional_optimizer": True, "optimizer": {"speed": 1}}, "speed"),
         ({"regional_optimizer": True, "optimizer": {"algorithm": "sgd"}}, "algorithm 'sgd'"),
         ({"regional_optimizer": True, "optimizer": {"rounds": 0}}, "at least one round"),
