@@ -8,6 +8,7 @@ small linear; a graph of a decode step needs neither, and has q, k and v, or gat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -45,28 +46,16 @@ def _check(x: torch.Tensor, weights: Sequence[Weight], in_features: int) -> None
 
 @torch.library.impl("wandapp::linears", "CPU")
 def _linears(
-    x: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    out_features: Sequence[int],
-    in_features: int,
-    pattern: str,
-    layout: str,
+    x: torch.Tensor, tensors: Any, biases: Any, out_features: Sequence[int], in_features: int, *held: str
 ) -> list[torch.Tensor]:
     weights = _weights(tensors, biases, out_features)
     _check(x, weights, in_features)
-    return run_together(x, weights, in_features, pattern, layout)
+    return run_together(x, weights, in_features, *held)
 
 
 @torch.library.register_fake("wandapp::linears")
 def _shapes(
-    x: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    out_features: Sequence[int],
-    in_features: int,
-    pattern: str,
-    layout: str,
+    x: torch.Tensor, tensors: Any, biases: Any, out_features: Sequence[int], in_features: int, *_: str
 ) -> list[torch.Tensor]:
     _check(x, _weights(tensors, biases, out_features), in_features)
     return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
