@@ -14,7 +14,8 @@
 namespace wandapp {
 namespace {
 
-constexpr int kRows = 4;
+constexpr int kRows = 4;     // at once, with several tokens
+constexpr int kStreams = 8;  // rows at once, with one token
 constexpr int64_t kPaddedCols = 64;
 
 void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kPrefetchBytes); }
@@ -127,23 +128,37 @@ struct Tokens {
   const T* operator[](int64_t token) const { return x + token * stride; }
 };
 
-// Calls body(R, M, first row, first token) for a block of at most kRows rows and all tokens: 4 rows share each vector of
-// activations when there are several tokens; with one token, or in an incomplete block, rows go one by one, and so does
-// what is left of the tokens there.
+// Calls body(R, first row, distance to the next row) for rows [first, last): `together` rows at once, which share each
+// vector of activations, and what is left of the rows one by one.
+//
+// They are that part of all rows apart, and each goes on in the row that follows it: as streams, none of which is
+// interrupted, they keep more of the memory busy than rows side by side.
+template <int together, class Body>
+void for_rows(int64_t first, int64_t last, Body body) {
+  const int64_t apart = (last - first) / together;
+  for (int64_t r = first; r < first + apart; ++r) body(std::integral_constant<int, together>(), r, apart);
+  for (int64_t r = first + together * apart; r < last; ++r) body(std::integral_constant<int, 1>(), r, 1);
+}
+
+// Calls body(R, M, first row, distance to the next row, first token). Single rows are multiplied with single tokens.
 template <class Body>
-void for_token_groups(int64_t tokens, int64_t block, Body body) {
+void for_rows_and_tokens(int64_t first, int64_t last, int64_t tokens, Body body) {
   constexpr std::integral_constant<int, 1> one;
-  constexpr std::integral_constant<int, kRows> all;
-  int64_t m = 0;
-  if (block == kRows) {
-    for (; m + 4 <= tokens; m += 4) body(all, std::integral_constant<int, 4>(), 0, m);
-    if (tokens - m == 3) body(all, std::integral_constant<int, 3>(), 0, m);
-    if (tokens - m == 2) body(all, std::integral_constant<int, 2>(), 0, m);
-    if (tokens - m != 1) return;
+  if (tokens == 1) {
+    for_rows<kStreams>(first, last, [&](auto rows, int64_t r, int64_t apart) { body(rows, one, r, apart, 0); });
+    return;
   }
-  for (int64_t i = 0; i < block; ++i) {
-    for (int64_t j = m; j < tokens; ++j) body(one, one, i, j);
-  }
+  for_rows<kRows>(first, last, [&](auto rows, int64_t r, int64_t apart) {
+    if constexpr (rows == 1) {
+      for (int64_t m = 0; m < tokens; ++m) body(rows, one, r, apart, m);
+    } else {
+      int64_t m = 0;
+      for (; m + 4 <= tokens; m += 4) body(rows, std::integral_constant<int, 4>(), r, apart, m);
+      if (tokens - m == 3) body(rows, std::integral_constant<int, 3>(), r, apart, m);
+      if (tokens - m == 2) body(rows, std::integral_constant<int, 2>(), r, apart, m);
+      if (tokens - m == 1) body(rows, one, r, apart, m);
+    }
+  });
 }
 
 // ---- accumulators of R rows x M tokens; one row and token has 4 chains, to hide the latency
@@ -161,13 +176,13 @@ struct Accumulators {
     }
   }
   template <class T>
-  void put(const Output<T>& output, int64_t m, int64_t r) const {
+  void put(const Output<T>& output, int64_t m, int64_t r, int64_t apart) const {
     for (int i = 0; i < R; ++i) {
       for (int j = 0; j < M; ++j) {
         const Floats* chain = acc[i][j];
         const Floats total =
             kChains == 4 ? add(add(chain[0], chain[1]), add(chain[kChains - 2], chain[kChains - 1])) : chain[0];
-        output.put(m + j, r + i, sum(total));
+        output.put(m + j, r + i * apart, sum(total));
       }
     }
   }

@@ -13,20 +13,24 @@
 namespace wandapp {
 namespace {
 
+// R rows from r on, `apart` rows from one to the next; M tokens.
 template <class T, int R, int M>
-void nm_block(const T* values, const uint8_t* meta, int64_t kept, const Tokens<T>& tokens, int64_t m, int64_t r,
+void nm_block(const Matrix& matrix, int64_t r, int64_t apart, const Tokens<T>& tokens, int64_t m,
               const Output<T>& output) {
   using L = Lanes<T>;
   constexpr int64_t kBytes = L::kCount / 4;
   Accumulators<R, M> sums;
   constexpr int kChains = Accumulators<R, M>::kChains;
-  const int64_t meta_bytes = ceil_div(kept, 4);
+  const int64_t kept = kept_per_row(matrix.cols), meta_bytes = ceil_div(kept, 4);
+  const T* values = static_cast<const T*>(matrix.values) + r * kept;
+  const uint8_t* meta = static_cast<const uint8_t*>(matrix.meta) + r * meta_bytes;
   const auto step = [&](int64_t k, int chain, int64_t bytes, auto load) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const Words index = L::positions(meta + i * meta_bytes + k / 4, bytes);
-      const auto w = load(values + i * kept + k);
-      prefetch_ahead(values + i * kept + k);
+      const Words index = L::positions(meta + i * apart * meta_bytes + k / 4, bytes);
+      const T* from = values + i * apart * kept + k;
+      const auto w = load(from);
+      prefetch_ahead(from);
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) {
         const T* x = tokens[m + j] + 2 * k;
@@ -45,27 +49,21 @@ void nm_block(const T* values, const uint8_t* meta, int64_t kept, const Tokens<T
     const int64_t count = at_most(kept - k, L::kCount);
     step(k, 0, ceil_div(count, 4), [count](const T* p) { return L::load(p, count); });
   }
-  sums.put(output, m, r);
+  sums.put(output, m, r, apart);
 }
 
 template <class T>
 void run_nm(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t count, int64_t first,
             int64_t last, void*) {
-  const int64_t kept = kept_per_row(matrix.cols);
   const Tokens<T> tokens(prepared, matrix.cols);
   const Output<T> output(matrix, first_token);
-  const int64_t meta_bytes = ceil_div(kept, 4);
-  for (int64_t r = first; r < last; r += kRows) {
-    const T* values = static_cast<const T*>(matrix.values) + r * kept;
-    const uint8_t* meta = static_cast<const uint8_t*>(matrix.meta) + r * meta_bytes;
-    for_token_groups(count, at_most(last - r, kRows), [&](auto rows_at_once, auto m_count, int64_t i, int64_t m) {
-      nm_block<T, rows_at_once, m_count>(values + i * kept, meta + i * meta_bytes, kept, tokens, m, r + i, output);
-    });
-  }
+  for_rows_and_tokens(first, last, count, [&](auto rows_at_once, auto m_count, int64_t r, int64_t apart, int64_t m) {
+    nm_block<T, rows_at_once, m_count>(matrix, r, apart, tokens, m, output);
+  });
 }
 
 template <class T>
-constexpr Kernel kNM{kRows, 1, token_bytes<T>, prepare<T>, no_scratch, run_nm<T>};
+constexpr Kernel kNM{kStreams, 1, token_bytes<T>, prepare<T>, no_scratch, run_nm<T>};
 
 }  // namespace
 }  // namespace wandapp

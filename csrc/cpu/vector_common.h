@@ -56,10 +56,10 @@ int64_t padded(int64_t cols) {
   return ceil_div(cols, multiple) * multiple;
 }
 
-// Room for `rows` rows that were spread, and for the copy of readable_row.
+// Room for `rows` rows that were spread, and for a copy of readable_row; or for a copy of each.
 template <class T, int64_t multiple, int64_t rows>
 size_t bitmap_scratch(int64_t cols) {
-  return static_cast<size_t>(padded<multiple>(cols) * (rows + 1) + multiple) * sizeof(T);
+  return static_cast<size_t>((padded<multiple>(cols) + multiple) * (rows + 1)) * sizeof(T);
 }
 
 [[maybe_unused]] inline int64_t count_bits(const uint8_t* bytes, int64_t size) {

@@ -87,6 +87,9 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
         cases += [make_case(layout, dtype, 1, 3, columns) for columns in (1, 2, 3, 4, 6, 33, 341, 576, 1000, 4100)]
         cases += [make_case(layout, dtype, 5, rows, 70, bias=False) for rows in (1, 2, 3, 17, 33)]
         cases += [make_case(layout, dtype, 3, 4, columns) for columns in (127, 128, 129, 250)]
+        # Rows that are far apart go together; of the last, several pieces.
+        cases += [make_case(layout, dtype, 1, rows, 70) for rows in (7, 8, 9, 23)]
+        cases += [make_case(layout, dtype, tokens, 35, 2100) for tokens in (1, 2)]
         cases.append(make_case(layout, dtype, 64, 5, 70))
     for layout, density in itertools.product(("bitmap", "bitmap_windows"), (0, 0.05, 0.95, 1)):
         cases += [make_case(layout, dtype, tokens, 5, 200, density) for tokens in (1, 5)]

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.sparsity import Pattern, mask_from_scores
 
-# Sizes as their authors published them; llama-1b is TinyLlama's, the LLaMA architecture at 1.1 billion parameters.
+# Sizes as their authors published them, but no head is tied to the embedding; llama-1b is TinyLlama's, the LLaMA
+# architecture at 1.1 billion parameters.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-tiny": {
         "vocab_size": 512,
@@ -21,6 +22,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
     },
     "llama-1b": {
         "vocab_size": 32000,

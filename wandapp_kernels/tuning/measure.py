@@ -1,12 +1,14 @@
 """Timing every backend that can run a problem, side by side.
 
-Candidates take turns (so that a disturbance hits all of them), the order rotates, the median counts, and every
-candidate walks through copies of its weight that together exceed the last-level cache twice: in a model, too, a weight
-is no longer in the cache when it is needed again.
+Candidates take turns (so that a disturbance hits all of them) in an order drawn anew for every round, the median
+counts, and every candidate walks through copies of its weight that together exceed the last-level cache twice: in a
+model, too, a weight is no longer in the cache when it is needed again. On a CPU every turn is two calls, of which the
+second counts: in a model the layer before has woken the threads.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +188,7 @@ def _medians(calls: dict[str, list[Callable[[], torch.Tensor]]], device: str, se
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     stop = time.perf_counter() + seconds
+    order = random.Random(0)
     for round_ in range(MAX_ROUNDS):
         if round_ == MIN_ROUNDS:
             # The rest of the time is for those that may win.
@@ -193,15 +196,17 @@ def _medians(calls: dict[str, list[Callable[[], torch.Tensor]]], device: str, se
             names = [name for name in names if medians[name] <= HOPELESS * min(medians.values())]
         if round_ >= MIN_ROUNDS and time.perf_counter() > stop:
             break
-        for turn in range(len(names)):
-            name = names[(round_ + turn) % len(names)]
-            samples[name].append(_time(calls[name][round_ % len(calls[name])], device))
+        order.shuffle(names)
+        for name in names:
+            first, second = (calls[name][(2 * round_ + i) % len(calls[name])] for i in range(2))
+            samples[name].append(_time(first, second, device))
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _time(call: Callable[[], torch.Tensor], device: str) -> float:
-    """Microseconds of one call; on a GPU between two events on its stream."""
+def _time(before: Callable[[], torch.Tensor], call: Callable[[], torch.Tensor], device: str) -> float:
+    """Microseconds of ``call``, on a CPU right after ``before``; on a GPU between two events on its stream."""
     if torch.device(device).type != "cuda":
+        before()
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
