@@ -3,8 +3,8 @@
 Importing this module installs its runner under the operators. Nothing is measured unless :func:`tune` is called. A call
 of an operator looks its backend up in a dict; files are read once per device, when the first problem of it appears.
 
-The rule without a measurement: the first backend made for the layout that takes the problem and whose
-``default_tokens`` is not passed, else decompress and multiply. See ``docs/dispatch.md``.
+The rule without a measurement: the first backend made for the layout that takes the problem and says that it is meant
+for it (``Backend.is_default``), else decompress and multiply. See ``docs/dispatch.md``.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def choose(problem: Problem, layout: str) -> Backend:
     usable = [backend for backend in backends_of(layout) if backend.supports(problem) is None]
     if _family is not None:
         usable = [backend for backend in usable if _in_family(backend.name)] or _fallback(usable)
-    within = [backend for backend in usable if problem.tokens <= backend.default_tokens]
+    meant = [backend for backend in usable if backend.is_default(problem)]
     found, _ = _store(problem.device).nearest(problem)
     timed = [backend for backend in usable if found is not None and backend.name in found.times_us]
     if found is not None and timed:
         times = found.times_us
         return min(timed, key=lambda backend: times[backend.name])
-    return (within or _fallback(usable) or usable)[0]
+    return (meant or _fallback(usable) or usable)[0]
 
 
 def choose_dense(problem: Problem) -> Backend:
@@ -119,8 +119,8 @@ def choose_dense(problem: Problem) -> Backend:
     found, _ = _store(problem.device).nearest(problem)
     if found is None and problem.dtype.itemsize == 2:
         for backend in backends_of(DENSE):
-            usable = _in_family(backend.name) and problem.tokens <= backend.default_tokens
-            if backend.name != DENSE and usable and backend.supports(problem) is None:
+            usable = _in_family(backend.name) and backend.supports(problem) is None
+            if backend.name != DENSE and usable and backend.is_default(problem):
                 return backend
     return choose(problem, DENSE)
 
