@@ -3,8 +3,8 @@
 Importing this module installs its runner under the operators. Nothing is measured unless :func:`tune` is called. A call
 of an operator looks its backend up in a dict; files are read once per device, when the first problem of it appears.
 
-The rule without a measurement: the first backend made for the layout that takes the problem and whose
-``default_tokens`` is not passed, else decompress and multiply. See ``docs/dispatch.md``.
+The rule without a measurement: the first backend made for the layout that takes the problem and says that it is meant
+for it (``Backend.is_default``), else decompress and multiply. See ``docs/dispatch.md``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from wandapp_kernels.backends import (
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CANONICAL, get_layout
 from wandapp_kernels.ops.running import Weight, parse_pattern, set_runner, set_together_runner
-from wandapp_kernels.tuning.measure import SampleWeight, measure, sample_weight
+from wandapp_kernels.tuning.best_layout import best_layout
+from wandapp_kernels.tuning.measure import SampleWeight, is_complete, measure, require_here, sample_weight
 from wandapp_kernels.tuning.store import Measurement, Store
 
 _stores: dict[str, Store] = {}
@@ -100,13 +101,13 @@ def choose(problem: Problem, layout: str) -> Backend:
     usable = [backend for backend in backends_of(layout) if backend.supports(problem) is None]
     if _family is not None:
         usable = [backend for backend in usable if _in_family(backend.name)] or _fallback(usable)
-    within = [backend for backend in usable if problem.tokens <= backend.default_tokens]
+    meant = [backend for backend in usable if backend.is_default(problem)]
     found, _ = _store(problem.device).nearest(problem)
     timed = [backend for backend in usable if found is not None and backend.name in found.times_us]
     if found is not None and timed:
         times = found.times_us
         return min(timed, key=lambda backend: times[backend.name])
-    return (within or _fallback(usable) or usable)[0]
+    return (meant or _fallback(usable) or usable)[0]
 
 
 def choose_dense(problem: Problem) -> Backend:
@@ -119,8 +120,8 @@ def choose_dense(problem: Problem) -> Backend:
     found, _ = _store(problem.device).nearest(problem)
     if found is None and problem.dtype.itemsize == 2:
         for backend in backends_of(DENSE):
-            usable = _in_family(backend.name) and problem.tokens <= backend.default_tokens
-            if backend.name != DENSE and usable and backend.supports(problem) is None:
+            usable = _in_family(backend.name) and backend.supports(problem) is None
+            if backend.name != DENSE and usable and backend.is_default(problem):
                 return backend
     return choose(problem, DENSE)
 
@@ -142,26 +143,25 @@ def bind(
 def choose_layout(problem: Problem, *, compressed_only: bool = False) -> str:
     """The layout to hold the weight of ``problem`` in: that of the fastest backend measured; ``"dense"`` if that wins.
 
-    Without a measurement: the first layout with a backend of its own that takes the problem, else the canonical one.
-    Ask with the token count that matters most, which for a language model is 1.
+    Compressed layouts within 10 % of the fastest are told apart by their times at every token count that was measured
+    (`tuning.best_layout`). Without a measurement: the first layout with a backend of its own that takes the problem,
+    else the canonical one. Ask with the token count that matters most, which for a language model is 1.
 
     Args:
         compressed_only: the weight stays compressed, even where the dense product is faster.
     """
     problem = replace(problem, tokens=token_bucket(problem.tokens))
-    names = layouts_of(problem.operator) if compressed_only else [DENSE, *layouts_of(problem.operator)]
-    usable = {
-        backend.name: layout
-        for layout in names
-        for backend in backends_of(layout)
-        if _in_family(backend.name) and backend.supports(problem) is None
-    }
-    found, _ = _store(problem.device).nearest(problem)
-    timed = [] if found is None else [name for name in found.times_us if name in usable]
-    if found is not None and timed:
-        return usable[min(timed, key=found.times_us.__getitem__)]
-    own = (layout for name, layout in usable.items() if name in BACKENDS and (layout != DENSE or _family == DENSE))
-    return next(own, CANONICAL.get(problem.operator, DENSE))
+    layouts = layouts_of(problem.operator) if compressed_only else [DENSE, *layouts_of(problem.operator)]
+    store = _store(problem.device)
+    found, _ = store.nearest(problem)
+    asked = {} if found is None else _best_times(problem, layouts, found)
+    if asked:
+        return best_layout(asked, (_best_times(each, layouts, known) for each, known in store.counts(problem).items()))
+    for layout in layouts:
+        own = any(backend.name in BACKENDS for backend in _usable(problem, layout))
+        if own and (layout != DENSE or _family == DENSE):
+            return layout
+    return CANONICAL.get(problem.operator, DENSE)
 
 
 def tune(
@@ -190,12 +190,12 @@ def tune(
     shapes: dict[Problem, list[Problem]] = {}
     for problem in wanted:
         found = None if again and not _frozen else _store(problem.device).exact(problem)
-        if found is not None and (_frozen or _complete(problem, found)):
+        if found is not None and (_frozen or is_complete(problem, found)):
             known[problem] = found
         elif not _frozen:
             shapes.setdefault(replace(problem, tokens=1), []).append(problem)
     for shape, group in shapes.items():
-        _require_here(shape)
+        require_here(shape)
         sample: SampleWeight = sample_weight(shape)
         for problem in group:
             known[problem] = measure(problem, sample, seconds)
@@ -379,6 +379,22 @@ def _operator_of(layout: str) -> str:
     return DENSE_OPERATOR if layout == DENSE else get_layout(layout).operator
 
 
+def _usable(problem: Problem, layout: str) -> list[Backend]:
+    """Of the active family, what takes the problem on this layout."""
+    return [
+        backend for backend in backends_of(layout) if _in_family(backend.name) and backend.supports(problem) is None
+    ]
+
+
+def _best_times(problem: Problem, layouts: Sequence[str], found: Measurement) -> dict[str, float]:
+    """Layout -> the best time measured of a backend that runs the problem on it; without layouts that have none."""
+    times = {
+        layout: [found.times_us[backend.name] for backend in _usable(problem, layout) if backend.name in found.times_us]
+        for layout in layouts
+    }
+    return {layout: min(of_it) for layout, of_it in times.items() if of_it}
+
+
 def _in_family(name: str) -> bool:
     return _family is None or name.partition("-")[0] == _family
 
@@ -386,24 +402,6 @@ def _in_family(name: str) -> bool:
 def _fallback(usable: Sequence[Backend]) -> list[Backend]:
     """What runs every problem of a layout: decompressing, or for a dense weight the dense product."""
     return [backend for backend in usable if isinstance(backend, DecompressBackend) or backend.name == DENSE]
-
-
-def _complete(problem: Problem, found: Measurement) -> bool:
-    """Whether every backend that would run the problem was there when it was measured: another may be new."""
-    willing = {
-        backend.name
-        for layout in [DENSE, *layouts_of(problem.operator)]
-        for backend in backends_of(layout)
-        if backend.name in BACKENDS and backend.supports(problem) is None
-    }
-    return willing <= found.times_us.keys() | found.left_out.keys()
-
-
-def _require_here(problem: Problem) -> None:
-    if problem.device.startswith("cpu") and problem.threads != torch.get_num_threads():
-        raise UsageError(
-            f"the problem is for {problem.threads} threads, but torch uses {torch.get_num_threads()}: set them first"
-        )
 
 
 set_runner(run)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,12 @@ def test_a_problem_knows_its_kind_of_device() -> None:
     problem = base.Problem("nm_linear", 1, 2, 3, "2:4", 50, torch.float32, "cuda:1", 0)
     assert problem.device_type == "cuda"
     assert hash(problem) == hash(base.Problem("nm_linear", 1, 2, 3, "2:4", 50, torch.float32, "cuda:1", 0))
+
+
+def test_a_backend_is_the_default_up_to_its_tokens() -> None:
+    problem = base.Problem("linear", 16, 2, 3, "dense", 100, torch.float32, "cpu", 1)
+    backend = DenseBackend()
+    assert backend.is_default(problem) and not backend.is_default(replace(problem, tokens=32))
 
 
 def test_names_of_backends_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,9 @@ pytest.importorskip("wandapp_kernels._cpu", reason="the compiled CPU kernels are
 from tests.csrc_cpu.cpu_cases import Case, make_case
 from wandapp_kernels import _cpu
 from wandapp_kernels.backends import BACKENDS, Problem, cpu, load_backends
-from wandapp_kernels.backends.cpu import backends, compiled
-from wandapp_kernels.backends.cpu.amx import VARIABLE, CpuAmx, amx_backends
+from wandapp_kernels.backends.cpu import amx, backends, compiled
+from wandapp_kernels.backends.cpu.amx import CpuAmx
+from wandapp_kernels.errors import UsageError
 
 NM = CpuAmx(cpu.CpuLinear("cpu-nm", "nm_linear", "nm"))
 BITMAP, DENSE = CpuAmx(cpu.BITMAP), CpuAmx(cpu.DENSE)
@@ -30,36 +32,90 @@ BITMAP_PROBLEM = replace(PROBLEM, operator="bitmap_linear", pattern="unstructure
 DENSE_PROBLEM = replace(PROBLEM, operator="linear", pattern="dense", density_bucket=100)
 
 
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither variable of the environment says anything."""
+    for variable in (amx.VARIABLE, compiled.VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+
+
 def test_they_are_registered_where_amx_is():
     load_backends()
     found = {name.removesuffix("-amx") for name in BACKENDS if name.endswith("-amx")}
-    asked = os.environ.get(VARIABLE) == "1"
     readable = {backend.name for backend in (cpu.NM, cpu.BITMAP, cpu.DENSE) if compiled.has_amx_kernel(backend.layout)}
-    assert found == (readable if asked else set())
+    assert found == (readable if amx.is_wanted() else set())
     assert bool(readable) == _cpu.has_amx()
 
 
 @pytest.mark.parametrize("available", [False, True])
-def test_there_is_one_for_each_layout_that_amx_reads(monkeypatch: pytest.MonkeyPatch, available: bool):
+def test_there_is_one_for_each_layout_that_amx_reads(unset: None, monkeypatch: pytest.MonkeyPatch, available: bool):
     if not BUILT:
         pytest.skip("the compiler that built the module does not know AMX")
-    monkeypatch.setenv(VARIABLE, "1")
     monkeypatch.setattr(_cpu, "has_amx", lambda: available)
     pairs = cpu.CpuLinear("cpu-nm", "nm_linear", "nm_pairs")
-    canonical = cpu.CpuLinear("cpu-nm", "nm_linear", "nm")
-    found = amx_backends((pairs, canonical, cpu.BITMAP, cpu.DENSE))
-    assert [(backend.name, backend.layout) for backend in found] == (
-        [("cpu-nm-amx", "nm"), ("cpu-bitmap-amx", "bitmap"), ("cpu-dense-amx", "dense")] if available else []
-    )
+    assert amx.with_amx(pairs) == [pairs] and amx.with_amx(cpu.WINDOWS) == [cpu.WINDOWS]
+    for kernel in (cpu.CpuLinear("cpu-nm", "nm_linear", "nm"), cpu.BITMAP, cpu.DENSE):
+        *before, last = amx.with_amx(kernel)
+        assert last is kernel
+        assert [(type(one), one.name, one.layout) for one in before] == (
+            [(CpuAmx, f"{kernel.name}-amx", kernel.layout)] if available else []
+        )
 
 
-def test_nobody_gets_them_without_asking(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_cpu, "has_amx", lambda: True)
-    for value in ("", "0", "yes"):
-        monkeypatch.setenv(VARIABLE, value)
-        assert amx_backends((cpu.BITMAP, cpu.DENSE)) == []
-    monkeypatch.delenv(VARIABLE)
-    assert amx_backends((cpu.BITMAP, cpu.DENSE)) == []
+def test_the_environment_leaves_them_out(unset: None, monkeypatch: pytest.MonkeyPatch):
+    assert amx.is_wanted()
+    for value, wanted in (("", True), ("1", True), ("0", False)):
+        monkeypatch.setenv(amx.VARIABLE, value)
+        assert amx.is_wanted() == wanted
+    monkeypatch.setattr(_cpu, "has_amx", lambda: pytest.fail("the system was asked for tiles"))
+    assert amx.with_amx(cpu.DENSE) == [cpu.DENSE]
+
+
+@pytest.mark.parametrize("value", ["", "0", "1"])
+def test_a_forced_variant_leaves_them_out(unset: None, monkeypatch: pytest.MonkeyPatch, value: str):
+    monkeypatch.setenv(amx.VARIABLE, value)
+    monkeypatch.setattr(_cpu, "has_amx", lambda: pytest.fail("the system was asked for tiles"))
+    for variant, _ in _cpu.variants():
+        monkeypatch.setenv(compiled.VARIABLE, variant)
+        assert not amx.is_wanted() and amx.with_amx(cpu.DENSE) == [cpu.DENSE]
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "01", " "])
+def test_another_value_is_refused(unset: None, monkeypatch: pytest.MonkeyPatch, value: str):
+    monkeypatch.setenv(amx.VARIABLE, value)
+    with pytest.raises(UsageError, match=f"WANDAPP_CPU_AMX is '{value}', but must be 0 .* or 1"):
+        amx.with_amx(cpu.DENSE)
+
+
+LOAD = """
+from wandapp_kernels import _cpu
+_cpu.has_amx = lambda: True
+from wandapp_kernels import backends
+from wandapp_kernels.errors import UsageError
+try:
+    backends.load_backends()
+except UsageError as error:
+    print(error)
+else:
+    print(*[name for name in backends.BACKENDS if name.startswith("cpu-")])
+"""
+
+
+@pytest.mark.skipif(not BUILT, reason="the compiler that built the module does not know AMX")
+@pytest.mark.parametrize("said", [{}, {"AMX": "1"}, {"AMX": "0"}, {"VARIANT": "plain", "AMX": "1"}, {"AMX": "on"}])
+def test_what_a_process_registers(said: dict[str, str]):
+    """In a process of its own, on a processor that seems to have AMX: the order is settled when backends are loaded."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("WANDAPP_CPU_")}
+    environment = others | {f"WANDAPP_CPU_{name}": value for name, value in said.items()}
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, env=environment, check=True)
+    names = done.stdout.split()
+    if said.get("AMX") == "on":
+        assert "WANDAPP_CPU_AMX is 'on'" in done.stdout
+    elif said in ({}, {"AMX": "1"}):
+        for kernel in ("cpu-bitmap", "cpu-dense"):
+            assert names.index(f"{kernel}-amx") + 1 == names.index(kernel)
+    else:
+        assert "cpu-dense" in names and not [name for name in names if name.endswith("-amx")]
 
 
 def test_amx_is_not_a_variant_of_the_process():

@@ -14,6 +14,7 @@ from wandapp_kernels.cli.main import main
 from wandapp_kernels.dispatch import problem_for
 from wandapp_kernels.ops.layouts import get_layout
 from wandapp_kernels.tuning.measure import sample_weight
+from wandapp_kernels.tuning.store import Measurement
 
 FIELDS = {
     "n", "k", "m", "sparsity", "dtype", "backend", "us", "gb_per_s", "share_of_copy", "ceiling", "speedup_torch",
@@ -54,6 +55,24 @@ def test_one_row_for_each_shape_sparsity_and_m(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert len([line for line in printed.splitlines() if line.startswith(("64x128", "32x96"))]) == 8
     assert "GB/s" in printed and "× best dense" in printed
+
+
+def test_rows_of_a_weight_are_of_one_layout_chosen_by_all_of_them(tmp_path, monkeypatch):
+    pytest.importorskip("wandapp_kernels._cpu", reason="the compiled CPU kernels are missing")
+    from wandapp_kernels import dispatch
+
+    def measure(problem, sample, seconds):
+        few = problem.tokens == 1
+        return Measurement({"dense": 90.0, "cpu-windows": 10.0 if few else 80.0, "cpu-bitmap": 10.5 if few else 20.0})
+
+    monkeypatch.setattr(dispatch, "measure", measure)
+    file = tmp_path / "linear.json"
+    for tokens, backend in (("1", "cpu-windows"), ("1,4,8", "cpu-bitmap")):
+        command = f"bench linear --shapes 64x128 --m {tokens} --sparsity 0.5 --seconds 0 --quiet --json {file}"
+        assert main(command.split()) == 0
+        rows = json.loads(file.read_text())["rows"]
+        assert {row["backend"] for row in rows} == {backend}
+        assert len({row["ceiling"] for row in rows}) == 1
 
 
 @pytest.mark.parametrize("name", ["bf16", "bfloat16"])

@@ -73,7 +73,7 @@ class Backend(ABC):
         name: unique; what caches and tables call it. Backends of one family share the part before ``-``:
             ``"cpu-nm"``, ``"cpu-bitmap"``, ``"cpu-dense"``.
         layout: the layout it reads. ``"dense"`` is the plain weight ``[N, K]`` as the only tensor.
-        default_tokens: without a measurement it is chosen up to this many tokens; decompressing is chosen beyond.
+        default_tokens: up to this many tokens it is chosen without a measurement (:meth:`is_default`).
     """
 
     name: str
@@ -87,6 +87,13 @@ class Backend(ABC):
         It is asked once per problem, never on the hot path, and must not raise. ``problem.tokens`` is the upper end of
         a bucket of token counts (:func:`token_bucket`): the answer must hold for every smaller count too.
         """
+
+    def is_default(self, problem: Problem) -> bool:
+        """Whether it may be chosen without a measurement, of the backends that read its layout the first that says so.
+
+        Asked about problems that :meth:`supports` takes; ``problem.tokens`` is the upper end of a bucket here too.
+        """
+        return problem.tokens <= self.default_tokens
 
     @abstractmethod
     def run(

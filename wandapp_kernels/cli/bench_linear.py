@@ -103,7 +103,8 @@ def bench(
 ) -> dict[str, Any]:
     """One row per shape, sparsity and token count, for the backend that dispatch chooses from these measurements.
 
-    The layout of a weight is chosen at the smallest token count, as a swapped layer keeps one layout for all.
+    The layout of a weight is chosen once all its token counts are measured, as `dispatch.choose_layout` does for the
+    smallest of them: a swapped layer keeps one layout for all. Counts measured earlier help to tell close ones apart.
 
     Returns:
         ``{"device", "threads", "cpu_kernels", "versions", "date", "copy_gb_per_s", "rows": [{"n", "k", "m", "sparsity",

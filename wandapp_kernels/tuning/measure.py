@@ -31,6 +31,7 @@ from wandapp_kernels.backends import (
     load_backends,
 )
 from wandapp_kernels.backends.base import DENSE_OPERATOR
+from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
 from wandapp_kernels.ops.operator import check_linear, is_plain
 from wandapp_kernels.sparsity import BitmapWeight, NMWeight, Pattern, mask_from_scores
@@ -100,6 +101,25 @@ def measure(problem: Problem, sample: SampleWeight, seconds: float = 1.0) -> Mea
         else:
             left_out[backend.name] = reason
     return Measurement(_medians(calls, device, seconds), left_out)
+
+
+def is_complete(problem: Problem, found: Measurement) -> bool:
+    """Whether every backend that would run the problem was there when it was measured: another may be new."""
+    willing = {
+        backend.name
+        for layout in [DENSE, *layouts_of(problem.operator)]
+        for backend in backends_of(layout)
+        if backend.name in BACKENDS and backend.supports(problem) is None
+    }
+    return willing <= found.times_us.keys() | found.left_out.keys()
+
+
+def require_here(problem: Problem) -> None:
+    """Raises UsageError where the problem is for another number of threads than torch uses now."""
+    if problem.device.startswith("cpu") and problem.threads != torch.get_num_threads():
+        raise UsageError(
+            f"the problem is for {problem.threads} threads, but torch uses {torch.get_num_threads()}: set them first"
+        )
 
 
 def _candidates(

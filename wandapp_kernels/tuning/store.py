@@ -30,6 +30,9 @@ FORMAT = 1
 # A measurement stands for token counts up to this many doublings away from its own.
 REACH = 2
 
+# Nothing is measured at more tokens than 1 << this.
+_LARGEST = 30
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -72,6 +75,11 @@ class Store:
     def exact(self, problem: Problem) -> Measurement | None:
         """What was measured for this very bucket of tokens."""
         return self._problems.get(key(problem))
+
+    def counts(self, problem: Problem) -> dict[Problem, Measurement]:
+        """What was measured for this problem at any number of tokens, fewest first: exactly it, no neighbour."""
+        asked = (replace(problem, tokens=1 << power) for power in range(_LARGEST + 1))
+        return {each: found for each in asked if (found := self.exact(each)) is not None}
 
     def put(self, measured: Mapping[Problem, Measurement]) -> None:
         """Remember, and add to what the file holds by now; a file that cannot be written costs one warning."""

@@ -1,7 +1,7 @@
 """C++ kernels for the CPU: plain, AVX2, AVX-512; the best that the processor runs, asked when this is imported.
 
-``WANDAPP_CPU_VARIANT`` (``plain``, ``avx2``, ``avx512``, ``avx512_bf16``, ``avx512_vbmi2``) forces one.
-``WANDAPP_CPU_AMX=1`` adds the AMX kernels, which have never run on hardware, to what is measured.
+Where the processor has AMX, its kernels are there too; ``WANDAPP_CPU_AMX=0`` leaves them out. ``WANDAPP_CPU_VARIANT``
+(``plain``, ``avx2``, ``avx512``, ``avx512_bf16``, ``avx512_vbmi2``) forces one variant, without AMX.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ except ImportError as error:
     raise
 
 from wandapp_kernels.backends.base import register_backend
-from wandapp_kernels.backends.cpu.amx import amx_backends
-from wandapp_kernels.backends.cpu.backends import CpuDense, CpuLinear, CpuStrips, CpuWindows
+from wandapp_kernels.backends.cpu.amx import with_amx
+from wandapp_kernels.backends.cpu.backends import CompiledBackend, CpuDense, CpuLinear, CpuStrips, CpuWindows
 from wandapp_kernels.backends.cpu.pairs import PairsLayout
 from wandapp_kernels.backends.cpu.windows import WindowsLayout
 from wandapp_kernels.ops.layouts import register_layout
@@ -36,17 +36,22 @@ BITMAP = CpuLinear("cpu-bitmap", "bitmap_linear", "bitmap")
 WINDOWS = CpuWindows("cpu-windows", "bitmap_linear", "bitmap_windows")
 
 # Without a measurement the first is taken: windows where they were measured to win (bench/results/linear), else the
-# canonical weight, which is smaller.
+# canonical weight, which is smaller and which AMX reads.
 _unstructured = [BITMAP, WINDOWS] if compiled.has_kernel("bitmap_windows") else [BITMAP]
 if compiled.variant() == "avx2":
     _unstructured.reverse()
 
-for backend in (NM, *_unstructured):
-    register_backend(backend)
-    register_backend(CpuStrips(backend))
-register_backend(DENSE)
-for amx in amx_backends((NM, BITMAP, DENSE)):
-    register_backend(amx)
+
+def register(kernel: CompiledBackend) -> None:
+    """Register a kernel and what else reads its layout, in the order of preference: AMX, the kernel, strips."""
+    for backend in with_amx(kernel):
+        register_backend(backend)
+    if isinstance(kernel, CpuLinear):
+        register_backend(CpuStrips(kernel))
+
+
+for _kernel in (NM, *_unstructured, DENSE):
+    register(_kernel)
 
 __all__ = [
     "BITMAP",
@@ -61,4 +66,5 @@ __all__ = [
     "PairsLayout",
     "WindowsLayout",
     "compiled",
+    "register",
 ]

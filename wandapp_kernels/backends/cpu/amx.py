@@ -1,30 +1,34 @@
-"""The backends over the AMX kernels, where there are any and ``WANDAPP_CPU_AMX=1`` asks for them.
-
-Asked for, because they have never run on hardware: what a fault in them would end is the process.
-"""
+"""The backends over the AMX kernels, where the processor has AMX; ``WANDAPP_CPU_AMX=0`` leaves them out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
 import torch
 
-from wandapp_kernels.backends.base import Problem
+from wandapp_kernels.backends.base import DENSE, Problem
 from wandapp_kernels.backends.cpu import compiled
-from wandapp_kernels.backends.cpu.backends import CompiledBackend
+from wandapp_kernels.backends.cpu.backends import UNLIMITED, CompiledBackend
+from wandapp_kernels.errors import UsageError
+
+VARIABLE = "WANDAPP_CPU_AMX"
+
+# Without a measurement. Up to so many tokens the AVX-512 kernels are faster: expanding tiles pays from 8 tokens on.
+FEW_TOKENS = 4
+# Beyond so many tokens: strips of the sparse weight, or torch's product.
+SPARSE_TOKENS = UNLIMITED
+DENSE_TOKENS = UNLIMITED
 
 
 class CpuAmx(CompiledBackend):
     """The AMX kernel for what another backend runs, in bf16: weights are expanded into tiles in the cache."""
 
     variant = "amx"
-    # Its code has only been run through emulation: without a measurement nobody knows whether, and where, it is faster.
-    default_tokens = 0
 
     def __init__(self, backend: CompiledBackend):
         self.name = f"{backend.name}-amx"
         self.layout = backend.layout
+        self.default_tokens = DENSE_TOKENS if backend.layout == DENSE else SPARSE_TOKENS
         self._backend = backend
 
     def supports(self, problem: Problem) -> str | None:
@@ -33,12 +37,33 @@ class CpuAmx(CompiledBackend):
             return f"the tiles of AMX take bf16, not {problem.dtype}"
         return reason
 
+    def is_default(self, problem: Problem) -> bool:
+        return FEW_TOKENS < problem.tokens <= self.default_tokens
 
-VARIABLE = "WANDAPP_CPU_AMX"
+
+def is_wanted() -> bool:
+    """Whether the environment leaves the AMX kernels in.
+
+    ``WANDAPP_CPU_AMX=0`` does not, and neither does ``WANDAPP_CPU_VARIANT``: who names a variant gets exactly that.
+
+    Raises:
+        UsageError: ``WANDAPP_CPU_AMX`` is neither 0 nor 1.
+    """
+    value = os.environ.get(VARIABLE) or "1"
+    if value not in ("0", "1"):
+        raise UsageError(f"{VARIABLE} is {value!r}, but must be 0 (no AMX kernels) or 1 (where the processor has AMX)")
+    return value == "1" and not os.environ.get(compiled.VARIABLE)
 
 
-def amx_backends(backends: Iterable[CompiledBackend]) -> list[CpuAmx]:
-    """One for each backend whose layout an AMX kernel of this machine reads; none unless they are asked for."""
-    if os.environ.get(VARIABLE) != "1":
-        return []
-    return [CpuAmx(backend) for backend in backends if compiled.has_amx_kernel(backend.layout)]
+def with_amx(backend: CompiledBackend) -> list[CompiledBackend]:
+    """The backend, and before it the one of the AMX kernel for its layout, where there is one and it is wanted.
+
+    Before it, since the first that is meant for a problem runs it: the AMX one leaves few tokens and other types to it.
+
+    Raises:
+        UsageError: ``WANDAPP_CPU_AMX`` is neither 0 nor 1.
+    """
+    # Asked last: with the question the process requests the system's permission to use tiles.
+    if is_wanted() and compiled.has_amx_kernel(backend.layout):
+        return [CpuAmx(backend), backend]
+    return [backend]

@@ -15,7 +15,7 @@ from wandapp_kernels.sparsity.pattern import Pattern
 # A matrix of run_many: tensors in the backend's layout, bias, (N, K).
 Matrix = tuple[Sequence[torch.Tensor], torch.Tensor | None, tuple[int, int]]
 
-_UNLIMITED = 1 << 40
+UNLIMITED = 1 << 40
 _STRIP_BYTES = 8 << 20
 
 
@@ -68,7 +68,7 @@ class CpuLinear(CompiledBackend):
         # Beyond, strips for a dense library with native bf16 are faster (bench/results/linear/intel_xeon.json: slower
         # at 8 tokens, 2.8 times as fast at 64); without one, these kernels are at any number of tokens.
         # Spreading a bitmap for a few tokens at a time costs more than once for all of them.
-        self.default_tokens = 16 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else _UNLIMITED
+        self.default_tokens = 16 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
         if problem.operator != self.operator:
@@ -103,7 +103,7 @@ class CpuStrips(Backend):
         self.name = f"{kernel.name}-strips"
         self.operator = kernel.operator
         self.layout = kernel.layout
-        self.default_tokens = _UNLIMITED
+        self.default_tokens = UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
         return self._kernel.supports(problem)
@@ -127,8 +127,10 @@ class CpuDense(CompiledBackend):
 
     name = "cpu-dense"
     layout = DENSE
-    # Where 16-bit products are emulated, the dense library loses at any number of tokens.
-    default_tokens = 16 if compiled.has_fast_bf16_gemm() else _UNLIMITED
+
+    def __init__(self) -> None:
+        # Where 16-bit products are emulated, the dense library loses at any number of tokens.
+        self.default_tokens = 16 if compiled.has_fast_bf16_gemm() else UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
         return _reason(problem)
