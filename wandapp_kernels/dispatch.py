@@ -238,7 +238,8 @@ def explain(problem: Problem, layout: str | None = None) -> Explanation:
     """
     problem = replace(problem, tokens=token_bucket(problem.tokens))
     layout = choose_layout(problem) if layout is None else layout
-    chosen = choose(problem, layout).name
+    stays_dense = problem.operator == DENSE_OPERATOR
+    chosen = (choose_dense(problem) if stays_dense else choose(problem, layout)).name
     found, tokens = _store(problem.device).nearest(problem)
     if found is not None:
         times = dict(sorted(found.times_us.items(), key=lambda entry: entry[1]))

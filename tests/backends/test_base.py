@@ -38,8 +38,12 @@ def test_a_problem_knows_its_kind_of_device() -> None:
 
 def test_a_backend_is_the_default_up_to_its_tokens() -> None:
     problem = base.Problem("linear", 16, 2, 3, "dense", 100, torch.float32, "cpu", 1)
-    backend = DenseBackend()
-    assert backend.is_default(problem) and not backend.is_default(replace(problem, tokens=32))
+
+    class Few(DenseBackend):
+        default_tokens = 16
+
+    assert Few().is_default(problem) and not Few().is_default(replace(problem, tokens=32))
+    assert DenseBackend().is_default(replace(problem, tokens=1 << 30))
 
 
 def test_names_of_backends_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:

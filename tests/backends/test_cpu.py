@@ -171,7 +171,8 @@ def test_run_many_is_run_of_each(backend):
 def test_strips_give_the_same(kernel, dtype: torch.dtype, monkeypatch):
     from wandapp_kernels.backends.cpu import backends
 
-    monkeypatch.setattr(backends, "_STRIP_BYTES", 1)  # strips of 64 rows
+    for size in ("_STRIP_BYTES", "_STRIP_BYTES_PER_THREAD"):
+        monkeypatch.setattr(backends, size, 1)  # strips of 64 rows
     case = make_case(kernel.layout, dtype, 40, 150, 341)
     out = cpu.CpuStrips(kernel).run(case.x, case.tensors, case.bias, case.shape, None)
     error = (out.double() - case.exact()).abs()

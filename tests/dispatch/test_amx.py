@@ -52,7 +52,9 @@ def chosen(problem: Problem, layout: str) -> list[str]:
     """Names, for each of ``COUNTS``."""
     asked = [replace(problem, tokens=tokens) for tokens in COUNTS]
     if layout == "dense":
-        return [dispatch.choose_dense(one).name for one in asked]
+        names = [dispatch.choose_dense(one).name for one in asked]
+        assert names == [dispatch.explain(one, layout).chosen for one in asked]
+        return names
     return [dispatch.choose(one, layout).name for one in asked]
 
 
@@ -76,7 +78,9 @@ def test_other_types_are_left_to_others(
     register(monkeypatch)
     at_32_bit = layout == "dense" and dtype == torch.float32
     few = "dense" if at_32_bit else kernel
-    assert chosen(replace(problem, dtype=dtype), layout) == [few] * 6 + [beyond] * 3
+    # Strips begin beyond 64 tokens: the seventh count is 17.
+    limit = 6 if layout == "dense" else 7
+    assert chosen(replace(problem, dtype=dtype), layout) == [few] * limit + [beyond] * (9 - limit)
     problem = replace(problem, dtype=dtype, tokens=16)
     remember(problem, {"dense": 3.0, kernel: 2.0, f"{kernel}-amx": 1.0})
     assert dispatch.choose(problem, layout).name == kernel

@@ -13,6 +13,9 @@ from wandapp_kernels.ops.layouts import DENSE as DENSE
 from wandapp_kernels.sparsity.pattern import UNSTRUCTURED as UNSTRUCTURED
 from wandapp_kernels.sparsity.pattern import Pattern
 
+# Of ``Backend.default_tokens``: any number.
+UNLIMITED = 1 << 40
+
 # The operator of a weight that is not compressed; DENSE is its layout and its pattern.
 DENSE_OPERATOR = "linear"
 

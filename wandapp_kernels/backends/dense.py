@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from wandapp_kernels.backends.base import DENSE, Backend, Problem
+from wandapp_kernels.backends.base import DENSE, UNLIMITED, Backend, Problem
 from wandapp_kernels.ops.layouts import get_layout
 from wandapp_kernels.sparsity.pattern import Pattern
 
@@ -17,6 +17,7 @@ class DenseBackend(Backend):
 
     name = "dense"
     layout = DENSE
+    default_tokens = UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
         return None

@@ -8,7 +8,7 @@ from wandapp_kernels.checkpoint.format import pattern_of
 from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
 
 # One measurement stands for token counts up to two doublings away: decode, small batches, prefill.
-TUNED_TOKENS = (1, 16, 256)
+TUNED_TOKENS = (1, 4, 16, 256)
 
 
 def fastest_layout(weight: CompressedWeight, *, tune: bool = False) -> str:

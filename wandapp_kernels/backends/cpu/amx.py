@@ -6,9 +6,9 @@ import os
 
 import torch
 
-from wandapp_kernels.backends.base import DENSE, Problem
+from wandapp_kernels.backends.base import DENSE, UNLIMITED, Problem
 from wandapp_kernels.backends.cpu import compiled
-from wandapp_kernels.backends.cpu.backends import UNLIMITED, CompiledBackend
+from wandapp_kernels.backends.cpu.backends import CompiledBackend
 from wandapp_kernels.errors import UsageError
 
 VARIABLE = "WANDAPP_CPU_AMX"

@@ -8,15 +8,19 @@ from typing import cast
 import torch
 from torch.nn import functional
 
-from wandapp_kernels.backends.base import DENSE, Backend, Call, Held, Problem
+from wandapp_kernels.backends.base import DENSE, UNLIMITED, Backend, Call, Held, Problem
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.sparsity.pattern import Pattern
 
 # A matrix of run_many: tensors in the backend's layout, bias, (N, K).
 Matrix = tuple[Sequence[torch.Tensor], torch.Tensor | None, tuple[int, int]]
 
-UNLIMITED = 1 << 40
-_STRIP_BYTES = 8 << 20
+# Of a strip, which every thread works on. glibc gives blocks of 32 MB back at once, and they would be faulted in anew,
+# page by page, at the next call.
+_STRIP_BYTES, _STRIP_BYTES_PER_THREAD, _MOST_STRIP_BYTES = 8 << 20, 3 << 19, 24 << 20
+
+# Without a measurement, where the processor multiplies bf16 natively: strips for the dense library are faster beyond.
+_FAST_BF16_TOKENS, _OTHER_TOKENS = 16, 64
 
 
 class CompiledBackend(Backend):
@@ -65,10 +69,9 @@ class CpuLinear(CompiledBackend):
         self.name = name
         self.operator = operator
         self.layout = layout
-        # Beyond, strips for a dense library with native bf16 are faster (bench/results/linear/intel_xeon.json: slower
-        # at 8 tokens, 2.8 times as fast at 64); without one, these kernels are at any number of tokens.
-        # Spreading a bitmap for a few tokens at a time costs more than once for all of them.
-        self.default_tokens = 16 if compiled.has_fast_bf16_gemm() else 128 if layout == "bitmap" else UNLIMITED
+        # Without native bf16 these kernels are faster than strips for the dense library at any number of tokens. But
+        # spreading a bitmap for a few tokens at a time costs more than once for all of them.
+        self.default_tokens = 128 if layout == "bitmap" else UNLIMITED
 
     def supports(self, problem: Problem) -> str | None:
         if problem.operator != self.operator:
@@ -76,6 +79,10 @@ class CpuLinear(CompiledBackend):
         if self.operator == "nm_linear" and problem.pattern != "2:4":
             return f"its kernel is for 2:4, not for {problem.pattern}"
         return _reason(problem)
+
+    def is_default(self, problem: Problem) -> bool:
+        fast = _FAST_BF16_TOKENS if problem.dtype == torch.bfloat16 else _OTHER_TOKENS
+        return problem.tokens <= (fast if compiled.has_fast_bf16_gemm() else self.default_tokens)
 
 
 class CpuWindows(CpuLinear):
@@ -171,7 +178,8 @@ def _by_strips(x: torch.Tensor, bound: compiled.Bound, bias: torch.Tensor | None
     wide = x.dtype if compiled.has_fast_bf16_gemm() and x.dtype == torch.bfloat16 else torch.float32
     x_wide = x.to(wide)
     bias_wide = None if bias is None else bias.to(wide)
-    step = max(64, _STRIP_BYTES // (columns * wide.itemsize) // 16 * 16)  # whole blocks of rows
+    size = min(max(_STRIP_BYTES, torch.get_num_threads() * _STRIP_BYTES_PER_THREAD), _MOST_STRIP_BYTES)
+    step = max(64, size // (columns * wide.itemsize) // 16 * 16)  # whole blocks of rows
     # One strip for all: fresh memory would be faulted in anew, page by page.
     scratch = torch.empty((min(step, rows), columns), dtype=wide, device="cpu")
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device="cpu")
