@@ -40,8 +40,8 @@ from wandapp_kernels.tuning.store import Measurement
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
-# After MIN_ROUNDS, candidates slower than the fastest by this factor keep the median they have.
-HOPELESS = 2.0
+# Candidates slower than the fastest by this factor keep the median they have: after MIN_ROUNDS, and after two rounds.
+HOPELESS, ABSURD = 2.0, 10.0
 
 # Largest relative difference to the dense result, |y - y_dense| / |y_dense|, that rounding can explain.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -210,10 +210,11 @@ def _medians(calls: dict[str, list[Callable[[], torch.Tensor]]], device: str, se
     stop = time.perf_counter() + seconds
     order = random.Random(0)
     for round_ in range(MAX_ROUNDS):
-        if round_ == MIN_ROUNDS:
+        if round_ in (2, MIN_ROUNDS):
             # The rest of the time is for those that may win.
             medians = {name: statistics.median(samples[name]) for name in names}
-            names = [name for name in names if medians[name] <= HOPELESS * min(medians.values())]
+            most = (ABSURD if round_ < MIN_ROUNDS else HOPELESS) * min(medians.values())
+            names = [name for name in names if medians[name] <= most]
         if round_ >= MIN_ROUNDS and time.perf_counter() > stop:
             break
         order.shuffle(names)
