@@ -133,6 +133,7 @@ def test_it_measures_explains_and_leaves_the_model_alone(
     before = contents(folder)
     report = tmp_path / "tune.json"
     words = ["tune", str(folder), "--explain", "--m", "3,1", "--seconds", "0", "--json", str(report), "--quiet"]
+    words += ["--device", "cpu"]
     assert main(words) == 0
     printed = capsys.readouterr()
     assert contents(folder) == before

@@ -103,7 +103,8 @@ def test_long_inputs_and_inference_mode_run_one_by_one(calls: list[int]) -> None
     for x in (torch.randn(1, 64), torch.randn(shared_input.MOST_TOKENS + 1, 64)):
         calls.clear()
         model(x)
-    assert calls == [1, 1, 1, 1]
+    # Strips, where they are the default for so many tokens, are no call of it.
+    assert calls == ([] if cpu.compiled.has_fast_bf16_gemm() else [1, 1, 1, 1])
     model(torch.randn(1, 64))
     with torch.inference_mode():
         calls.clear()

@@ -50,7 +50,9 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype, device: str) -> t
     for row, pair in enumerate(_PAIRS):
         kept[row, list(pair)] = (2 / columns) ** 0.5
     groups = torch.randint(len(_PAIRS), (rows, columns // 4), device=device)
-    return torch.randn(rows, columns, dtype=dtype, device=device) * kept.to(device)[groups].view(rows, columns)
+    # In fp32: drawn at 16 bit, some are zero.
+    values = torch.randn(rows, columns, device=device).to(dtype)
+    return values * kept.to(device)[groups].view(rows, columns)
 
 
 def check(

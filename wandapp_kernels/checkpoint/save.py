@@ -15,6 +15,7 @@ from wandapp_kernels.checkpoint.atomic import check_target, new_folder
 from wandapp_kernels.checkpoint.compressed import METHOD
 from wandapp_kernels.checkpoint.files import read_json
 from wandapp_kernels.errors import CheckpointError
+from wandapp_kernels.models.generation_config import plain_generation_config, write_generation_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +62,9 @@ def save_pruned(
     check_disk_space(folder, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
     with new_folder(folder, force=force) as partial:
         try:
-            model.save_pretrained(partial)
+            with plain_generation_config(model):
+                model.save_pretrained(partial)
+            write_generation_config(model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             strip_config(partial / "config.json")

@@ -27,6 +27,7 @@ from wandapp_kernels.checkpoint.compressed import CompressedFolder, LayerForm, q
 from wandapp_kernels.checkpoint.format import DTYPES
 from wandapp_kernels.checkpoint.save import RECORD, check_disk_space, share_modes, strip_config, to_json
 from wandapp_kernels.errors import CheckpointError, ModelError, NonFiniteError, SparsityError
+from wandapp_kernels.models.generation_config import write_generation_config
 from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.runtime.dense_linear import use_dense_kernels
 from wandapp_kernels.runtime.memory import release_free_memory
@@ -171,8 +172,7 @@ def save_compressed(
         try:
             model.config.save_pretrained(partial)
             _complete_config(partial / "config.json", model, layers)
-            if model.can_generate() and model.generation_config is not None:
-                model.generation_config.save_pretrained(partial)
+            write_generation_config(model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             write_tensors(state, partial, shard_bytes)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -15,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.generation.streamers import BaseStreamer
 
 from wandapp_kernels.errors import KernelError, UsageError
+from wandapp_kernels.models.generation_config import plain_generation_config
 from wandapp_kernels.runtime.compiling import compile_config
 
 # An end of text that no model writes; None would mean the model's own.
@@ -138,7 +138,7 @@ def _generate(
         disable_compile=not compiled,
         compile_config=compile_config(model.device) if compiled else None,
     )
-    with torch.no_grad(), _without_own_settings(model):
+    with torch.no_grad(), plain_generation_config(model):
         clock.note()
         output = model.generate(  # type: ignore[operator]
             ids,
@@ -151,17 +151,6 @@ def _generate(
     ttft, *rest = (after - before for before, after in pairwise(clock.times))
     cpu_ttft, *cpu_rest = (after - before for before, after in pairwise(clock.cpu_times))
     return Generation(output[:, ids.shape[1] :].cpu(), ttft, tuple(rest), cpu_ttft, tuple(cpu_rest))
-
-
-@contextmanager
-def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """transformers fills what a configuration leaves open from the model's own: penalties, beams, forbidden words."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 class _AfterSteps(StoppingCriteria):
