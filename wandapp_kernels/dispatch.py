@@ -120,8 +120,7 @@ def choose_dense(problem: Problem) -> Backend:
     found, _ = _store(problem.device).nearest(problem)
     if found is None and problem.dtype.itemsize == 2:
         for backend in backends_of(DENSE):
-            usable = _in_family(backend.name) and backend.supports(problem) is None
-            if backend.name != DENSE and usable and backend.is_default(problem):
+            if backend.name != DENSE and _takes(backend, problem) and backend.is_default(problem):
                 return backend
     return choose(problem, DENSE)
 
@@ -144,8 +143,8 @@ def choose_layout(problem: Problem, *, compressed_only: bool = False) -> str:
     """The layout to hold the weight of ``problem`` in: that of the fastest backend measured; ``"dense"`` if that wins.
 
     Compressed layouts within 10 % of the fastest are told apart by their times at every token count that was measured
-    (`tuning.best_layout`). Without a measurement: the first layout with a backend of its own that takes the problem,
-    else the canonical one. Ask with the token count that matters most, which for a language model is 1.
+    (`tuning.best_layout`). Without a measurement: the layout of the first backend that takes the problem, and is meant
+    for so many tokens if there is such a one; else the canonical one. Ask with the token count that matters most, which for a language model is 1.
 
     Args:
         compressed_only: the weight stays compressed, even where the dense product is faster.
@@ -157,10 +156,11 @@ def choose_layout(problem: Problem, *, compressed_only: bool = False) -> str:
     asked = {} if found is None else _best_times(problem, layouts, found)
     if asked:
         return best_layout(asked, (_best_times(each, layouts, known) for each, known in store.counts(problem).items()))
-    for layout in layouts:
-        own = any(backend.name in BACKENDS for backend in _usable(problem, layout))
-        if own and (layout != DENSE or _family == DENSE):
-            return layout
+    # Backends, not layouts, are in the order of preference: the first that reads a layout may be for another device.
+    wanted = {layout for layout in layouts if layout != DENSE or _family == DENSE}
+    usable = [backend for backend in BACKENDS.values() if backend.layout in wanted and _takes(backend, problem)]
+    if usable:
+        return min(usable, key=lambda backend: not backend.is_default(problem)).layout
     return CANONICAL.get(problem.operator, DENSE)
 
 
@@ -380,17 +380,18 @@ def _operator_of(layout: str) -> str:
     return DENSE_OPERATOR if layout == DENSE else get_layout(layout).operator
 
 
-def _usable(problem: Problem, layout: str) -> list[Backend]:
-    """Of the active family, what takes the problem on this layout."""
-    return [
-        backend for backend in backends_of(layout) if _in_family(backend.name) and backend.supports(problem) is None
-    ]
+def _takes(backend: Backend, problem: Problem) -> bool:
+    return _in_family(backend.name) and backend.supports(problem) is None
 
 
 def _best_times(problem: Problem, layouts: Sequence[str], found: Measurement) -> dict[str, float]:
     """Layout -> the best time measured of a backend that runs the problem on it; without layouts that have none."""
     times = {
-        layout: [found.times_us[backend.name] for backend in _usable(problem, layout) if backend.name in found.times_us]
+        layout: [
+            found.times_us[backend.name]
+            for backend in backends_of(layout)
+            if backend.name in found.times_us and _takes(backend, problem)
+        ]
         for layout in layouts
     }
     return {layout: min(of_it) for layout, of_it in times.items() if of_it}

@@ -37,6 +37,18 @@ def test_the_rule_takes_the_first_layout_with_a_backend_of_its_own() -> None:
     assert dispatch.choose_layout(dispatch.problem_for(8, 8, "dense", 1, torch.float32)) == "dense"
 
 
+def test_who_reads_a_layout_elsewhere_does_not_make_it_the_first_here() -> None:
+    add(Fake("a-nm", "nm", reason="it is for another device"), Fake("b-nm", "fake-nm"), Fake("c-nm", "nm"))
+    assert dispatch.choose_layout(PROBLEM) == "fake-nm"
+    assert dispatch.choose(PROBLEM, "fake-nm").name == "b-nm"
+
+
+def test_a_layout_is_chosen_for_who_is_meant_for_so_few_tokens() -> None:
+    add(Fake("a-nm", "fake-nm", default_tokens=0), Fake("b-nm", "nm"))
+    assert dispatch.choose_layout(PROBLEM) == "nm"
+    assert dispatch.choose_layout(at(4096)) == "fake-nm"  # neither is meant for them
+
+
 def test_backends_are_asked_about_the_largest_count_of_the_bucket() -> None:
     fake = Fake("a-nm", "nm")
     add(fake)
