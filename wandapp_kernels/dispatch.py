@@ -144,7 +144,8 @@ def choose_layout(problem: Problem, *, compressed_only: bool = False) -> str:
 
     Compressed layouts within 10 % of the fastest are told apart by their times at every token count that was measured
     (`tuning.best_layout`). Without a measurement: the layout of the first backend that takes the problem, and is meant
-    for so many tokens if there is such a one; else the canonical one. Ask with the token count that matters most, which for a language model is 1.
+    for so many tokens if there is such a one; else the canonical one. Ask with the token count that matters most, which
+    for a language model is 1.
 
     Args:
         compressed_only: the weight stays compressed, even where the dense product is faster.
