@@ -14,7 +14,7 @@ constexpr int64_t kMostPairs = kMostTokens / (2 * kTile);
 constexpr int64_t kPassBytes = 3 << 19;
 
 // Tokens that one pass over the weight multiplies.
-int64_t tokens_at_once(int64_t cols) {
+int64_t tokens_at_once(int64_t cols, int64_t) {
   const int64_t fitting = kPassBytes / static_cast<int64_t>(group_bytes(cols)) * kTile;
   return fitting < kTile ? kTile : at_most(fitting, kMostTokens);
 }

@@ -127,6 +127,13 @@ def test_tiles_match_float64_at_awkward_shapes(driver: Path, tmp_path: Path):
     assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
 
 
+def test_tokens_that_are_too_many_to_prepare_at_once(driver: Path, tmp_path: Path):
+    late = make_case("nm", torch.float32, 15, 1, 290_000)
+    late.x[14, -1] = float("nan")
+    write_cases(tmp_path / "cases", [make_case("dense", torch.float32, 15, 1, 290_000), late])
+    assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
+
+
 def test_an_infinite_weight_stays_in_its_row(driver: Path, tmp_path: Path):
     cases = []
     for layout, columns in itertools.product(("nm", "dense"), (34, 70, 516)):
