@@ -1,6 +1,8 @@
-// AMX: 32 rows of weights are expanded 512 columns at a time and multiplied with all tokens, 16 at once. bf16 only.
+// AMX: 32 rows of weights are expanded 512 columns at a time and multiplied with all tokens, 16 at once. bf16 only. With
+// many tokens: amx_many.h.
 //
 // Compiled with AVX-512 (F, BW, VL, VBMI, VBMI2), which every processor with AMX has.
+#include "amx_many.h"
 #include "amx_rows.h"
 #include "amx_tiles.h"
 #include "amx_tokens.h"
@@ -80,7 +82,8 @@ void run(const Matrix& matrix, const void* prepared, int64_t first_token, int64_
 }
 
 template <class Rows>
-constexpr Kernel kKernel{kBlockRows, kTile, group_bytes, prepare_group, scratch_bytes, run<Rows>, tokens_at_once};
+constexpr Kernel kKernel{kBlockRows,       kTile,          group_bytes,  prepare_group, scratch_bytes, run<Rows>,
+                         tokens_at_once, &kMany<Rows>, kManyTokens};
 
 }  // namespace
 
