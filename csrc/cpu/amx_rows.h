@@ -1,11 +1,10 @@
 // Weights of every format into tiles: 512 columns of one row at a time, whose 64 bytes of each step are a row of a tile.
 //
 // A class of rows has
-//   start(row, count)    the block of rows that `expand` means from now on
-//   expand(i, k, out)    columns [k, k + 512) of its row i; columns that are missing, up to a whole pair of steps, are
-//                        zeros. Blocks of columns are asked for in ascending order.
-//
-// What is expanded next for the same place in the block, more columns of the row or the row 32 further, is fetched ahead.
+//   start(row, count)      the rows that `expand` means from now on, at most 256
+//   expand(at, out, next)  columns [k, k + 512) of row i of them; columns that are missing, up to a whole pair of steps,
+//                          are zeros. A row's blocks of columns are asked for in ascending order. The block at `next` is
+//                          fetched ahead: the first of any row, the row's own next, or the one that another row is at.
 #pragma once
 
 #include <type_traits>
@@ -14,6 +13,12 @@
 
 namespace wandapp {
 namespace {
+
+constexpr int64_t kMostRows = 256;  // of one start
+
+struct Place {
+  int64_t i, k;
+};
 
 // Calls body(step, whole) for the steps that columns from k on have; unrolled where they are a whole block.
 template <class Body>
@@ -25,12 +30,6 @@ template <class Body>
     const int64_t steps = ceil_div(cols - k, kPaddedCols) * (kPaddedCols / kStepCols);
     for (int64_t step = 0; step < steps; ++step) body(step, std::false_type());
   }
-}
-
-// Where the next block of columns begins, for a row that has `row` elements, of which `block` are in a block of columns
-// and the current one is at `at`.
-inline int64_t ahead(int64_t cols, int64_t k, int64_t row, int64_t block, int64_t at) {
-  return k + kBlockCols < cols ? block : kBlockRows * row - at;
 }
 
 // `size` readable values at p: p itself, or a copy of what is left before `end`, with zeros after it.
@@ -53,12 +52,13 @@ class DenseRows {
 
   void start(int64_t row, int64_t) { row_ = row; }
 
-  void expand(int64_t i, int64_t k, char* out) const {
-    const Bf16* values = values_ + (row_ + i) * cols_ + k;
-    const int64_t next = ahead(cols_, k, cols_, kBlockCols, k);
+  void expand(Place at, char* out, Place next) const {
+    const int64_t k = at.k;
+    const Bf16* values = values_ + (row_ + at.i) * cols_ + k;
+    const Bf16* ahead = values_ + (row_ + next.i) * cols_ + next.k;
     for_steps(cols_, k, [&](int64_t step, auto whole) {
       const Bf16* from = values + step * kStepCols;
-      prefetch_far(from + next);
+      prefetch_far(ahead + step * kStepCols);
       store_words(out + step * 2 * kTileBytes,
                   whole ? load_words(from) : load_words_masked(low_bits(cols_ - k - step * kStepCols), from));
     });
@@ -103,11 +103,12 @@ class NMRows {
 
   void start(int64_t row, int64_t) { row_ = row; }
 
-  void expand(int64_t i, int64_t k, char* out) const {
+  void expand(Place at, char* out, Place next) const {
     constexpr int64_t kStepValues = kStepCols / 2;
     Bf16 copy[kBlockCols / 2];
     alignas(64) uint8_t bitmap[kBlockCols / 8];
-    const uint8_t* meta = meta_ + (row_ + i) * meta_bytes_ + k / 8;
+    const int64_t k = at.k, row = row_ + at.i, next_row = row_ + next.i;
+    const uint8_t* meta = meta_ + row * meta_bytes_ + k / 8;
     const int64_t left = cols_ - k;
     if (left >= kBlockCols) {
       store_words(bitmap, bitmap_of_positions(meta));
@@ -122,12 +123,12 @@ class NMRows {
         std::memcpy(bitmap + step * sizeof(mask), &mask, sizeof(mask));
       }
     }
-    const Bf16* values = readable(values_ + (row_ + i) * kept_ + k / 2, end_, kBlockCols / 2, copy);
-    const int64_t next = ahead(cols_, k, kept_, kBlockCols / 2, k / 2);
-    prefetch_far(meta + ahead(cols_, k, meta_bytes_, kBlockCols / 8, k / 8));
+    const Bf16* values = readable(values_ + row * kept_ + k / 2, end_, kBlockCols / 2, copy);
+    const Bf16* ahead = values_ + next_row * kept_ + next.k / 2;
+    prefetch_far(meta_ + next_row * meta_bytes_ + next.k / 8);
     for_steps(cols_, k, [&](int64_t step, auto) {
       const Bf16* from = values + step * kStepValues;
-      if (step % 2 == 0) prefetch_far(from + next);
+      if (step % 2 == 0) prefetch_far(ahead + step * kStepValues);
       store_words(out + step * 2 * kTileBytes, expand_words(mask_of(bitmap, step), load_half(from)));
     });
   }
@@ -144,6 +145,7 @@ class BitmapRows {
  public:
   explicit BitmapRows(const Matrix& matrix)
       : matrix_(matrix),
+        bitmap_(static_cast<const uint8_t*>(matrix.meta)),
         values_(static_cast<const Bf16*>(matrix.values)),
         end_(values_ + matrix.offsets[matrix.rows]),
         cols_(matrix.cols),
@@ -155,41 +157,42 @@ class BitmapRows {
     for (int64_t i = 0; i < count; ++i) next_[i] = values_ + matrix_.offsets[row + i];
   }
 
-  void expand(int64_t i, int64_t k, char* out) {
+  void expand(Place at, char* out, Place next) {
     Bf16 copy[kBlockCols];
     uint8_t padded[kBlockCols / 8] = {};
-    const uint8_t* bitmap = static_cast<const uint8_t*>(matrix_.meta) + (row_ + i) * bytes_ + k / 8;
-    prefetch_far(bitmap + ahead(cols_, k, bytes_, kBlockCols / 8, k / 8));
+    const int64_t k = at.k;
+    const uint8_t* bitmap = bitmap_ + (row_ + at.i) * bytes_ + k / 8;
+    prefetch_far(bitmap_ + (row_ + next.i) * bytes_ + next.k / 8);
     if (k + kBlockCols > cols_) {
       std::memcpy(padded, bitmap, static_cast<size_t>(bytes_ - k / 8));
       bitmap = padded;
     }
-    const Bf16* const first = readable(next_[i], end_, kBlockCols, copy);
+    const Bf16* const first = readable(next_[at.i], end_, kBlockCols, copy);
     const Bf16* values = first;
-    const int64_t next = distance_ahead(i, k);
+    const Bf16* const ahead = first_value(at, next);
     for_steps(cols_, k, [&](int64_t step, auto) {
       const uint32_t mask = mask_of(bitmap, step);
-      prefetch_far(values + next);
+      prefetch_far(ahead + (values - first));
       store_words(out + step * 2 * kTileBytes, expand_words(mask, load_words(values)));
       values += __builtin_popcount(mask);
     });
-    next_[i] += values - first;
+    next_[at.i] += values - first;
   }
 
  private:
-  // How many values the next block of columns has is not known: as many as usual.
-  int64_t distance_ahead(int64_t i, int64_t k) const {
-    if (k + kBlockCols < cols_) return usual_;
-    const int64_t row = row_ + i + kBlockRows;
-    return row < matrix_.rows ? values_ + matrix_.offsets[row] - next_[i] : 0;
+  // How many values a row has up to its next block of columns is not known: as many as usual.
+  const Bf16* first_value(Place at, Place next) const {
+    if (next.k == 0) return values_ + matrix_.offsets[at_most(row_ + next.i, matrix_.rows)];
+    return next.i == at.i ? next_[at.i] + usual_ : next_[next.i];
   }
 
   const Matrix& matrix_;
+  const uint8_t* bitmap_;
   const Bf16* values_;
   const Bf16* end_;
   int64_t cols_, bytes_, usual_;
   int64_t row_ = 0;
-  const Bf16* next_[kBlockRows] = {};
+  const Bf16* next_[kMostRows] = {};
 };
 
 }  // namespace

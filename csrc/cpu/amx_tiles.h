@@ -32,6 +32,9 @@ constexpr int64_t kBlockSteps = kBlockCols / kStepCols;
 constexpr int64_t kBlockBytes = kBlockSteps * 2 * kTileBytes;
 constexpr int64_t kSumBytes = 4 * kTileBytes;  // sums of one product
 
+// Where the first step of row i of 32 is in a block.
+inline int64_t row_in_block(int64_t i) { return i / kTile * kTileBytes + i % kTile * kRowBytes; }
+
 // Palette 1 has 8 tiles; bytes that are not named here are 0.
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -71,8 +74,10 @@ inline void store_sums(char* sums) {
   store_tile<3>(sums + 3 * kTileBytes, kRowBytes);
 }
 
-// Two tiles of rows times two groups of tokens: tile 2 i + j has the sums of row tile i and group j.
-inline void multiply_two(const char* weights, const char* x0, const char* x1, int64_t steps) {
+// Two tiles of rows times two groups of tokens: tile 2 i + j has the sums of row tile i and group j. A step keeps
+// the multiplier busy for 64 cycles: other work is done in `meanwhile`, a little after each step.
+template <class Meanwhile>
+inline void multiply_two(const char* weights, const char* x0, const char* x1, int64_t steps, Meanwhile meanwhile) {
 #pragma GCC unroll 1
   for (; steps > 0; --steps) {
     load_tile<4>(weights, kRowBytes);
@@ -83,6 +88,7 @@ inline void multiply_two(const char* weights, const char* x0, const char* x1, in
     load_tile<5>(weights + kTileBytes, kRowBytes);
     multiply_tiles<2, 5, 6>();
     multiply_tiles<3, 5, 7>();
+    meanwhile();
     weights += 2 * kTileBytes;
     x0 += kTileBytes;
     x1 += kTileBytes;

@@ -88,5 +88,16 @@ void put_sums(const float* sums, const float* more, const Output<Bf16>& output, 
   }
 }
 
+// Four tiles of sums: tile 2 i + j has row tile i and group j. At most 32 tokens of at most 32 rows.
+void put_pair(const float* sums, const Output<Bf16>& output, int64_t token, int64_t tokens, int64_t row, int64_t rows) {
+  constexpr int64_t kSums = kTile * kTile;
+  for (int64_t m = 0; m < tokens; m += kTile) {
+    for (int64_t i = 0; i < rows; i += kTile) {
+      put_sums(sums + (2 * i + m) / kTile * kSums, nullptr, output, token + m, at_most(tokens - m, kTile), row + i,
+               at_most(rows - i, kTile));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace wandapp

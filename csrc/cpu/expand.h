@@ -16,6 +16,11 @@ constexpr int64_t kPairsRows = 4;        // nm_pairs: rows of a block
 
 [[maybe_unused]] inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The size of parts of `total`, as equal as multiples of `multiple` can be, none of more than `most` (a multiple too).
+[[maybe_unused]] inline int64_t even_part(int64_t total, int64_t most, int64_t multiple) {
+  return ceil_div(ceil_div(total, ceil_div(total, most)), multiple) * multiple;
+}
+
 [[maybe_unused]] inline int64_t kept_per_row(int64_t cols) {
   const int64_t tail = cols % kGroup;
   return cols / kGroup * 2 + (tail < 2 ? tail : 2);

@@ -48,11 +48,13 @@ struct Kernel {
   // the last.
   void (*run)(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t tokens, int64_t first,
               int64_t last, void* scratch);
-  // Tokens for one `run`, a multiple of a group; null: as many as the cache holds.
-  int64_t (*tokens_at_once)(int64_t cols) = nullptr;
+  // Of `tokens`, those for one `run`, a multiple of a group; null: as many as the cache holds.
+  int64_t (*tokens_at_once)(int64_t cols, int64_t tokens) = nullptr;
   // Another kernel of the same format, which is faster with this many tokens; null where there is none.
   const Kernel* many = nullptr;
   int64_t many_tokens = 0;
+  // Pieces that a thread gets on average: with more of them nobody waits long for the last, with fewer each is larger.
+  int64_t pieces_per_thread = 4;
 };
 
 // Null where the variant has no kernel for the format.

@@ -1,6 +1,8 @@
-// AMX: 32 rows of weights are expanded 512 columns at a time and multiplied with all tokens, 16 at once. bf16 only.
+// AMX: 32 rows of weights are expanded 512 columns at a time and multiplied with all tokens, 16 at once. bf16 only. With
+// many tokens: amx_many.h.
 //
 // Compiled with AVX-512 (F, BW, VL, VBMI, VBMI2), which every processor with AMX has.
+#include "amx_many.h"
 #include "amx_rows.h"
 #include "amx_tiles.h"
 #include "amx_tokens.h"
@@ -14,7 +16,7 @@ constexpr int64_t kMostPairs = kMostTokens / (2 * kTile);
 constexpr int64_t kPassBytes = 3 << 19;
 
 // Tokens that one pass over the weight multiplies.
-int64_t tokens_at_once(int64_t cols) {
+int64_t tokens_at_once(int64_t cols, int64_t) {
   const int64_t fitting = kPassBytes / static_cast<int64_t>(group_bytes(cols)) * kTile;
   return fitting < kTile ? kTile : at_most(fitting, kMostTokens);
 }
@@ -31,7 +33,7 @@ void multiply_block(const char* weights, const char* x, int64_t group_stride, in
       load_sums(sums);
     }
     if (tokens - m > kTile) {
-      multiply_two(weights, x, x + group_stride, steps);
+      multiply_two(weights, x, x + group_stride, steps, [] {});
     } else {
       multiply_one(weights, x, steps);
     }
@@ -42,14 +44,16 @@ void multiply_block(const char* weights, const char* x, int64_t group_stride, in
 
 void put_block(const float* sums, const Output<Bf16>& output, int64_t tokens, int64_t row, int64_t rows) {
   constexpr int64_t kSums = kTile * kTile;
-  for (int64_t m = 0; m < tokens; m += 2 * kTile) {
+  for (int64_t m = 0; m < tokens; m += 2 * kTile, sums += 4 * kSums) {
     const int64_t left = tokens - m;
-    for (int64_t i = 0; i < rows; i += kTile, sums += 2 * kSums) {
-      const int64_t count = at_most(rows - i, kTile);
-      put_sums(sums, left > kTile ? nullptr : sums + kSums, output, m, at_most(left, kTile), row + i, count);
-      if (left > kTile) put_sums(sums + kSums, nullptr, output, m + kTile, at_most(left - kTile, kTile), row + i, count);
+    if (left > kTile) {
+      put_pair(sums, output, m, at_most(left, 2 * kTile), row, rows);
+      continue;
     }
-    if (rows <= kTile) sums += 2 * kSums;
+    for (int64_t i = 0; i < rows; i += kTile) {
+      const float* even = sums + 2 * i / kTile * kSums;
+      put_sums(even, even + kSums, output, m, left, row + i, at_most(rows - i, kTile));
+    }
   }
 }
 
@@ -68,7 +72,8 @@ void run(const Matrix& matrix, const void* prepared, int64_t first_token, int64_
     rows.start(r, count);
     for (int64_t k = 0; k < matrix.cols; k += kBlockCols) {
       // Rows that are missing keep what was there: no other row's sums depend on them.
-      for (int64_t i = 0; i < count; ++i) rows.expand(i, k, weights + i / kTile * kTileBytes + i % kTile * kRowBytes);
+      const Place ahead = k + kBlockCols < matrix.cols ? Place{0, k + kBlockCols} : Place{kBlockRows, 0};
+      for (int64_t i = 0; i < count; ++i) rows.expand({i, k}, weights + row_in_block(i), {ahead.i + i, ahead.k});
       multiply_block(weights, x + k / kStepCols * kTileBytes, group_stride, tokens,
                      steps_of(at_most(matrix.cols - k, kBlockCols)), sums, k == 0);
     }
@@ -77,7 +82,8 @@ void run(const Matrix& matrix, const void* prepared, int64_t first_token, int64_
 }
 
 template <class Rows>
-constexpr Kernel kKernel{kBlockRows, kTile, group_bytes, prepare_group, scratch_bytes, run<Rows>, tokens_at_once};
+constexpr Kernel kKernel{kBlockRows,       kTile,          group_bytes,  prepare_group, scratch_bytes, run<Rows>,
+                         tokens_at_once, &kMany<Rows>, kManyTokens};
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 
 #include "parallel.h"
@@ -14,10 +15,8 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr int64_t kMinPieceBytes = 64 << 10;  // below this, waking a thread costs more than it saves
-constexpr int64_t kPiecesPerThread = 4;
 constexpr int64_t kTokenCacheBytes = 256 << 10;  // prepared tokens that stay in the second-level cache
-
-constexpr size_t kKeptBytes = 16 << 20;
+constexpr int64_t kPreparedBytes = 16 << 20;     // at once: memory is kept for the next call, and fresh memory is slow
 
 // Memory of this thread that grows and is kept.
 class Buffer {
@@ -30,7 +29,7 @@ class Buffer {
     return memory_.get();
   }
 
-  // Gives back what only a long prompt needed.
+  // Gives back what only very long rows needed.
   void trim(size_t limit) {
     if (size_ <= limit) return;
     memory_.reset();
@@ -64,22 +63,35 @@ int64_t bytes_before(Format format, Type type, const Matrix& matrix, int64_t row
   return rows * kept_per_row(matrix.cols) * (4 * element + 1) / 4;
 }
 
+// How many pieces of each: `wanted` in all, but at least one, so that the largest piece is as small as can be.
+std::vector<int64_t> share_out(int64_t wanted, const std::vector<int64_t>& bytes) {
+  std::vector<int64_t> counts(bytes.size(), 1);
+  for (int64_t left = wanted - static_cast<int64_t>(bytes.size()); left > 0; --left) {
+    size_t largest = 0;
+    for (size_t i = 1; i < bytes.size(); ++i) {
+      if (bytes[i] * counts[largest] > bytes[largest] * counts[i]) largest = i;
+    }
+    ++counts[largest];
+  }
+  return counts;
+}
+
 // Pieces of about the same number of bytes, which end at multiples of the kernel's rows.
 std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices,
                          int threads) {
-  int64_t total = 0;
-  for (const Matrix& matrix : matrices) total += bytes_before(format, type, matrix, matrix.rows);
-  const int64_t wanted = threads == 1 ? 1 : threads * kPiecesPerThread;
-  const int64_t target = std::max<int64_t>(ceil_div(total, wanted), kMinPieceBytes);
+  std::vector<int64_t> bytes;
+  for (const Matrix& matrix : matrices) bytes.push_back(bytes_before(format, type, matrix, matrix.rows));
+  const int64_t wanted = threads == 1 ? 1 : threads * kernel.pieces_per_thread;
+  const int64_t worthwhile = ceil_div(std::accumulate(bytes.begin(), bytes.end(), int64_t{0}), kMinPieceBytes);
+  const std::vector<int64_t> counts = share_out(std::min(wanted, worthwhile), bytes);
   std::vector<Piece> pieces;
-  for (const Matrix& matrix : matrices) {
-    const int64_t blocks = ceil_div(matrix.rows, kernel.row_multiple);
-    const int64_t bytes = bytes_before(format, type, matrix, matrix.rows);
-    const int64_t count = std::clamp<int64_t>(ceil_div(bytes, target), 1, blocks);
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    const Matrix& matrix = matrices[m];
+    const int64_t count = std::min(counts[m], ceil_div(matrix.rows, kernel.row_multiple));
     int64_t first = 0;
     for (int64_t i = 1; i <= count; ++i) {
       int64_t low = first, high = matrix.rows;  // smallest row count with its share of the bytes
-      const int64_t share = bytes / count * i;
+      const int64_t share = bytes[m] / count * i;
       while (low < high) {
         const int64_t middle = low + (high - low) / 2;
         if (bytes_before(format, type, matrix, middle) < share) {
@@ -95,6 +107,35 @@ std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const s
     }
   }
   return pieces;
+}
+
+// Whether all are finite.
+bool prepare(const Kernel& kernel, int64_t cols, const char* x, int64_t token_size, int64_t tokens, int threads,
+             char* prepared) {
+  const int64_t group = kernel.group_tokens, stride = static_cast<int64_t>(kernel.group_bytes(cols));
+  std::atomic<bool> finite{true};
+  parallel_for(ceil_div(tokens, group), tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t g) {
+    const int64_t m = g * group;
+    if (!kernel.prepare(x + m * token_size, std::min(group, tokens - m), cols, prepared + g * stride)) finite = false;
+  });
+  return finite;
+}
+
+// Prepared tokens times all pieces, a pass after the other: outputs first_token and following.
+void multiply(const Kernel& kernel, int64_t cols, const std::vector<Piece>& pieces, const char* prepared,
+              int64_t first_token, int64_t tokens, int threads) {
+  const int64_t group = kernel.group_tokens, stride = static_cast<int64_t>(kernel.group_bytes(cols));
+  const int64_t pass = kernel.tokens_at_once != nullptr
+                           ? kernel.tokens_at_once(cols, tokens)
+                           : std::max(kTokenCacheBytes / stride * group / 4 * 4, std::max<int64_t>(group, 8));
+  parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    void* scratch = scratch_buffer.at_least(kernel.scratch_bytes(cols));
+    for (int64_t m = 0; m < tokens; m += pass) {
+      kernel.run(*piece.matrix, prepared + m / group * stride, first_token + m, std::min(pass, tokens - m), piece.first,
+                 piece.last, scratch);
+    }
+  });
 }
 
 }  // namespace
@@ -152,36 +193,23 @@ bool offsets_fit(const int64_t* offsets, int64_t rows, int64_t cols, int64_t val
 bool linear(const Kernel& few, Format format, Type type, const std::vector<Matrix>& matrices, const void* x,
             int64_t tokens, int threads) {
   const Kernel& kernel = few.many != nullptr && tokens >= few.many_tokens ? *few.many : few;
-  const int64_t cols = matrices.at(0).cols;
-  const int64_t group = kernel.group_tokens, groups = ceil_div(tokens, group);
+  const int64_t cols = matrices.at(0).cols, token_size = cols * element_size(type);
   const int64_t stride = static_cast<int64_t>(kernel.group_bytes(cols));
-  char* prepared = static_cast<char*>(tokens_buffer.at_least(static_cast<size_t>(stride * groups)));
-  std::atomic<bool> finite{true};
-  const int64_t token_size = cols * element_size(type);
-  parallel_for(groups, tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t g) {
-    const int64_t m = g * group;
-    const char* from = static_cast<const char*>(x) + m * token_size;
-    if (!kernel.prepare(from, std::min(group, tokens - m), cols, prepared + g * stride)) finite = false;
-  });
-  if (!finite && format != Format::dense) {
-    tokens_buffer.trim(kKeptBytes);
-    return false;
-  }
-
-  const int64_t fitting = kernel.tokens_at_once != nullptr
-                              ? kernel.tokens_at_once(cols)
-                              : std::max(kTokenCacheBytes / stride * group / 4 * 4, std::max<int64_t>(group, 8));
+  const int64_t most = std::max<int64_t>(kPreparedBytes / stride, 1) * kernel.group_tokens;
+  const int64_t part = even_part(tokens, most, kernel.group_tokens);
+  char* const prepared =
+      static_cast<char*>(tokens_buffer.at_least(static_cast<size_t>(part / kernel.group_tokens * stride)));
   const std::vector<Piece> pieces = split(kernel, format, type, matrices, threads);
-  parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
-    const Piece& piece = pieces[static_cast<size_t>(i)];
-    void* scratch = scratch_buffer.at_least(kernel.scratch_bytes(cols));
-    for (int64_t m = 0; m < tokens; m += fitting) {
-      kernel.run(*piece.matrix, prepared + m / group * stride, m, std::min(fitting, tokens - m), piece.first,
-                 piece.last, scratch);
-    }
-  });
-  tokens_buffer.trim(kKeptBytes);
-  return true;
+  bool good = true;
+  for (int64_t m = 0; good && m < tokens; m += part) {
+    const int64_t count = std::min(part, tokens - m);
+    const bool finite = prepare(kernel, cols, static_cast<const char*>(x) + m * token_size, token_size, count, threads,
+                                prepared);
+    good = finite || format == Format::dense;
+    if (good) multiply(kernel, cols, pieces, prepared, m, count, threads);
+  }
+  tokens_buffer.trim(kPreparedBytes);
+  return good;
 }
 
 void decompress(Decompress rows_of, Type type, const Matrix& matrix, int64_t first, int64_t last, void* out,

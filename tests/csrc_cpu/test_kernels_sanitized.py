@@ -118,12 +118,40 @@ def test_tiles_match_float64_at_awkward_shapes(driver: Path, tmp_path: Path):
         for tokens in (15, 16, 17, 31, 32, 33, 48, 64, 65, 100):
             add(tokens, 18, 70)
         add(33, 33, 545)  # several blocks of columns, a pair of token groups and a single one
-        add(300, 3, 40)  # several passes over the weight
         add(2, 36, 3000)  # several pieces
     cases.append(make_case("nm", torch.bfloat16, 33, 1, 26_000))  # passes of fewer tokens
     for density in (0, 0.05, 0.95, 1):
         cases += [make_case("bitmap", torch.bfloat16, tokens, 19, 1030, density) for tokens in (1, 20)]
     write_cases(tmp_path / "cases", cases)
+    assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
+
+
+def test_tiles_match_float64_with_many_tokens(driver: Path, tmp_path: Path):
+    # With few the driver runs this kernel as well: the cases above are its too.
+    cases = []
+    for layout in ("dense", "nm", "bitmap"):
+        shapes = [
+            (65, 33, 70),  # the fewest that it is chosen for, and a group that is the only one of its pair
+            (96, 2, 40),
+            (290, 3, 40),  # several passes
+            (3, 270, 10),  # more rows
+            (18, 40, 1030),  # rows and columns in several blocks
+        ]
+        cases += [make_case(layout, torch.bfloat16, *shape, bias=shape[0] % 2 == 0) for shape in shapes]
+    cases.append(make_case("dense", torch.bfloat16, 256, 256, 4))  # as many as are multiplied at once
+    for value in (float("nan"), float("-inf")):
+        for layout in ("nm", "bitmap"):
+            case = make_case(layout, torch.bfloat16, 70, 3, 40)
+            case.x[69, 39] = value
+            cases.append(case)
+    write_cases(tmp_path / "cases", cases)
+    assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
+
+
+def test_tokens_that_are_too_many_to_prepare_at_once(driver: Path, tmp_path: Path):
+    late = make_case("nm", torch.float32, 15, 1, 290_000)
+    late.x[14, -1] = float("nan")
+    write_cases(tmp_path / "cases", [make_case("dense", torch.float32, 15, 1, 290_000), late])
     assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
 
 
