@@ -20,7 +20,8 @@ namespace {
 
 constexpr int64_t kManyTokens = 65;  // the fewest that this kernel is for
 constexpr int64_t kPassTokens = 256;
-constexpr int64_t kManyPieces = 1;  // for each thread: all of x comes once for each piece, or for each 256 rows of one
+// For each thread. All of x comes once for each piece, so fewer would do; but four were measured to be 10 to 20 % faster.
+constexpr int64_t kManyPieces = 4;
 constexpr int64_t kRunSteps = kBlockSteps;  // between loading and storing sums
 constexpr int64_t kPairTokens = 2 * kTile;
 constexpr int64_t kSlabBytes = kBlockSteps * kTileBytes;  // of one group and 512 columns
