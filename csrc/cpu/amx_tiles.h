@@ -26,7 +26,7 @@ constexpr int64_t kStepCols = 32;           // columns of a step
 constexpr int64_t kTileBytes = kTile * kRowBytes;
 constexpr int64_t kPaddedCols = 2 * kStepCols;  // rows are a whole number of pairs of steps
 constexpr int64_t kBlockRows = 2 * kTile;
-// Columns that are expanded at once: 32 rows are then 32 KB, and stay in the first-level cache for all tokens.
+// Columns that are expanded at once: 32 rows are then 32 KB.
 constexpr int64_t kBlockCols = 512;
 constexpr int64_t kBlockSteps = kBlockCols / kStepCols;
 constexpr int64_t kBlockBytes = kBlockSteps * 2 * kTileBytes;
