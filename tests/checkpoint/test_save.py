@@ -194,6 +194,13 @@ def test_a_published_generation_config_with_flaws_can_be_saved_back(tmp_path):
     assert loaded.generation_config.temperature == 0.5
 
 
+def test_a_model_without_generation_settings_can_be_saved(tmp_path):
+    model = tiny("llama")
+    model.generation_config = None
+    save_pruned(model, None, tmp_path / "out", REPORT)
+    assert model.generation_config is None
+
+
 def test_json_has_plain_values_in_the_given_order():
     text = to_json(
         {

@@ -92,7 +92,7 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
         cases += [make_case(layout, dtype, tokens, 35, 2100) for tokens in (1, 2)]
         cases.append(make_case(layout, dtype, 64, 5, 70))
     for layout, density in itertools.product(("bitmap", "bitmap_windows"), (0, 0.05, 0.95, 1)):
-        cases += [make_case(layout, dtype, tokens, 5, 200, density) for tokens in (1, 5)]
+        cases += [make_case(layout, dtype, tokens, rows, 200, density) for tokens, rows in ((1, 5), (5, 5), (1, 17))]
     # Windows that move further than a word can say.
     cases += [make_case("bitmap_windows", dtype, 1, rows, 3000, 0.002) for rows in (1, 4, 9)]
     write_cases(tmp_path / "cases", cases)
@@ -185,6 +185,11 @@ def test_damaged_weights_read_and_write_nothing_outside(driver: Path, tmp_path: 
             offsets = torch.where(torch.arange(6) > row, columns, 0)
             values = torch.ones(columns, dtype=dtype)
             cases.append(replace(case, tensors=[values, case.tensors[1], offsets]))
+    # As many rows as are read at once: where they keep so little, all of them are copied.
+    for dtype, tokens, byte in itertools.product(TYPES, (1, 2), (0, 0xFF, 0xA5)):
+        case = make_case("bitmap", dtype, tokens, 17, columns, 0.01)
+        case.tensors[1].fill_(byte)
+        cases.append(case)
     write_cases(tmp_path / "cases", [replace(case, damaged=True) for case in cases])
     assert run(driver, tmp_path / "cases").endswith(" 0 failures\n")
 

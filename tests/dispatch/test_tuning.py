@@ -4,8 +4,9 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,41 @@ def test_calls_walk_through_copies_larger_than_the_cache(monkeypatch: pytest.Mon
     monkeypatch.setattr(measuring, "last_level_cache", lambda device: weight)
     dispatch.tune([PROBLEM], seconds=0.0)
     assert len(places) == 4  # three copies, and the weight that was checked
+
+
+class Clock:
+    """Stands for `measure._time`: times are given, and the copies that calls are for are noted."""
+
+    def __init__(self, *times: float):
+        self.times = list(times)
+
+    def __call__(self, calls: Iterator[Any], device: str) -> float:
+        return self.times.pop(0) if next(calls) == "winner" else 100.0
+
+
+def test_one_disturbance_at_the_start_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for disturbed in ((10.0, 9000.0), (9000.0, 10.0)):
+        monkeypatch.setattr(measuring, "_time", Clock(*disturbed, *[10.0] * measuring.MAX_ROUNDS))
+        found = measuring._medians({"dense": ["other"], "a-nm": ["winner"]}, "cpu", 0.0)  # type: ignore[list-item]
+        assert found == {"dense": 100.0, "a-nm": 10.0}
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 2), ("cuda", 1)])
+def test_calls_take_the_copies_in_turn(monkeypatch: pytest.MonkeyPatch, device: str, calls: int) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool): ...
+
+        def record(self) -> None: ...
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1.0
+
+    for name, fake in (("Event", Event), ("synchronize", lambda device: None), ("_sleep", lambda cycles: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    seen: list[int] = []
+    copies: list[Any] = [partial(seen.append, number) for number in range(4)]
+    measuring._medians({"a-nm": copies}, device, 0.0)
+    assert seen == [number % 4 for number in range(calls * measuring.MIN_ROUNDS)]
 
 
 # The cache file

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Within it ``model`` has transformers' default settings instead of its own, if it has any."""
-    own = getattr(model, "generation_config", None)
-    if own is None:
+    """Within it ``model`` has transformers' default settings instead of its own, which may be None."""
+    if not hasattr(model, "generation_config"):
         yield
         return
+    own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield

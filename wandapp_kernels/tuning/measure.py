@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 
 import torch
 
@@ -188,7 +189,8 @@ def _rotating(
 ) -> list[Callable[[], torch.Tensor]]:
     """Calls of the backend, each on another copy of its weight and prepared for it, as a layer keeps them."""
     size = max(sum(tensor.nbytes for tensor in tensors), 1)
-    copies = min(1 + -(-2 * last_level_cache(str(x.device)) // size), MAX_ROUNDS)
+    # More than the calls of all rounds, two in a turn, would not be reached.
+    copies = min(1 + -(-2 * last_level_cache(str(x.device)) // size), 2 * MAX_ROUNDS)
 
     def dense(copy: list[torch.Tensor], call: Call) -> torch.Tensor:
         return backend.run(x, copy, None, sample.shape, sample.pattern)
@@ -207,27 +209,29 @@ def _rotating(
 def _medians(calls: dict[str, list[Callable[[], torch.Tensor]]], device: str, seconds: float) -> dict[str, float]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    turns = {name: cycle(copies) for name, copies in calls.items()}
     stop = time.perf_counter() + seconds
     order = random.Random(0)
     for round_ in range(MAX_ROUNDS):
         if round_ in (2, MIN_ROUNDS):
-            # The rest of the time is for those that may win.
-            medians = {name: statistics.median(samples[name]) for name in names}
+            # The rest of the time is for those that may win. Of two times the lower: the other may be a disturbance.
+            medians = {name: statistics.median_low(samples[name]) for name in names}
             most = (ABSURD if round_ < MIN_ROUNDS else HOPELESS) * min(medians.values())
             names = [name for name in names if medians[name] <= most]
         if round_ >= MIN_ROUNDS and time.perf_counter() > stop:
             break
         order.shuffle(names)
         for name in names:
-            first, second = (calls[name][(2 * round_ + i) % len(calls[name])] for i in range(2))
-            samples[name].append(_time(first, second, device))
+            samples[name].append(_time(turns[name], device))
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _time(before: Callable[[], torch.Tensor], call: Callable[[], torch.Tensor], device: str) -> float:
-    """Microseconds of ``call``, on a CPU right after ``before``; on a GPU between two events on its stream."""
+def _time(calls: Iterator[Callable[[], torch.Tensor]], device: str) -> float:
+    """Microseconds of the next call, on a CPU of the one after it; on a GPU between two events on its stream."""
+    call = next(calls)
     if torch.device(device).type != "cuda":
-        before()
+        call()
+        call = next(calls)
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
