@@ -53,8 +53,6 @@ struct Kernel {
   // Another kernel of the same format, which is faster with this many tokens; null where there is none.
   const Kernel* many = nullptr;
   int64_t many_tokens = 0;
-  // Pieces that a thread gets on average: with more of them nobody waits long for the last, with fewer each is larger.
-  int64_t pieces_per_thread = 4;
 };
 
 // Null where the variant has no kernel for the format.

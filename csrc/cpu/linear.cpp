@@ -14,7 +14,8 @@ namespace wandapp {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr int64_t kMinPieceBytes = 64 << 10;  // below this, waking a thread costs more than it saves
+constexpr int64_t kMinPieceBytes = 64 << 10;     // below this, waking a thread costs more than it saves
+constexpr int64_t kPiecesPerThread = 4;          // so that nobody waits long for the last
 constexpr int64_t kTokenCacheBytes = 256 << 10;  // prepared tokens that stay in the second-level cache
 constexpr int64_t kPreparedBytes = 16 << 20;     // at once: memory is kept for the next call, and fresh memory is slow
 
@@ -81,7 +82,7 @@ std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const s
                          int threads) {
   std::vector<int64_t> bytes;
   for (const Matrix& matrix : matrices) bytes.push_back(bytes_before(format, type, matrix, matrix.rows));
-  const int64_t wanted = threads == 1 ? 1 : threads * kernel.pieces_per_thread;
+  const int64_t wanted = threads == 1 ? 1 : threads * kPiecesPerThread;
   const int64_t worthwhile = ceil_div(std::accumulate(bytes.begin(), bytes.end(), int64_t{0}), kMinPieceBytes);
   const std::vector<int64_t> counts = share_out(std::min(wanted, worthwhile), bytes);
   std::vector<Piece> pieces;

@@ -95,15 +95,6 @@ def test_without_amx_nothing_changes(
     assert chosen(problem, layout) == [kernel] * 6 + [beyond] * 3
 
 
-@PROBLEMS
-def test_a_limit_leaves_more_tokens_to_what_comes_after(
-    monkeypatch: pytest.MonkeyPatch, problem: Problem, layout: str, kernel: str, beyond: str
-) -> None:
-    monkeypatch.setattr(amx, "DENSE_TOKENS" if layout == "dense" else "SPARSE_TOKENS", 128)
-    register(monkeypatch)
-    assert chosen(problem, layout) == [kernel] * 3 + [f"{kernel}-amx"] * 4 + [beyond] * 2
-
-
 def test_the_canonical_bitmap_is_held_and_windows_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     assert dispatch.choose_layout(UNSTRUCTURED) == "bitmap"

@@ -6,29 +6,26 @@ import os
 
 import torch
 
-from wandapp_kernels.backends.base import DENSE, UNLIMITED, Problem
+from wandapp_kernels.backends.base import UNLIMITED, Problem
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.backends.cpu.backends import CompiledBackend
 from wandapp_kernels.errors import UsageError
 
 VARIABLE = "WANDAPP_CPU_AMX"
 
-# Without a measurement. Up to so many tokens the AVX-512 kernels are faster: expanding tiles pays from 8 tokens on.
+# Without a measurement. Up to so many tokens the AVX-512 kernels are faster, beyond none is (bench/results/linear).
 FEW_TOKENS = 4
-# Beyond so many tokens: strips of the sparse weight, or torch's product.
-SPARSE_TOKENS = UNLIMITED
-DENSE_TOKENS = UNLIMITED
 
 
 class CpuAmx(CompiledBackend):
     """The AMX kernel for what another backend runs, in bf16: weights are expanded into tiles in the cache."""
 
     variant = "amx"
+    default_tokens = UNLIMITED
 
     def __init__(self, backend: CompiledBackend):
         self.name = f"{backend.name}-amx"
         self.layout = backend.layout
-        self.default_tokens = DENSE_TOKENS if backend.layout == DENSE else SPARSE_TOKENS
         self._backend = backend
 
     def supports(self, problem: Problem) -> str | None:

@@ -26,6 +26,8 @@ _FAST_BF16_TOKENS, _OTHER_TOKENS = 16, 64
 class CompiledBackend(Backend):
     """Runs the compiled kernel of its layout: fp32 accumulation, any shape, the same with any number of threads.
 
+    Where x holds NaN or infinity the weight is decompressed, and torch multiplies.
+
     Attributes:
         variant: whose kernel; None: that of the variant in use.
     """
