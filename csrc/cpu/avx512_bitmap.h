@@ -38,7 +38,7 @@ uint32_t load_mask(const uint8_t* bitmap, int64_t bytes) {
   return mask;
 }
 
-// What is read of one row, and how far.
+// Of one row: its next kept value, and its bits.
 template <class T>
 struct BitmapRow {
   const T* values;
