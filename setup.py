@@ -69,6 +69,7 @@ PLAIN = [
     "parallel.cpp",
     "thread_pool.cpp",
     "linear.cpp",
+    "pieces.cpp",
     "windows_packing.cpp",
     "module.cpp",
 ]

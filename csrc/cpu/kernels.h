@@ -31,6 +31,7 @@ struct Matrix {
   void* out;         // T [tokens, rows]
   int64_t rows;
   int64_t cols;
+  const int64_t* shares = nullptr;  // see find_shares; null: rows are taken for equal
 };
 
 struct Kernel {

@@ -4,18 +4,16 @@
 #include <atomic>
 #include <memory>
 #include <new>
-#include <numeric>
-#include <stdexcept>
 
+#include "expand.h"
 #include "parallel.h"
-#include "windows.h"
+#include "pieces.h"
 
 namespace wandapp {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr int64_t kMinPieceBytes = 64 << 10;     // below this, waking a thread costs more than it saves
-constexpr int64_t kPiecesPerThread = 4;          // so that nobody waits long for the last
+constexpr int64_t kSerialBytes = 256 << 10;      // of tokens: below this, waking a thread costs more than it saves
 constexpr int64_t kTokenCacheBytes = 256 << 10;  // prepared tokens that stay in the second-level cache
 constexpr int64_t kPreparedBytes = 16 << 20;     // at once: memory is kept for the next call, and fresh memory is slow
 
@@ -48,74 +46,12 @@ class Buffer {
 thread_local Buffer tokens_buffer;
 thread_local Buffer scratch_buffer;
 
-struct Piece {
-  const Matrix* matrix;
-  int64_t first, last;
-};
-
-int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
-
-// Bytes of the first `rows` rows.
-int64_t bytes_before(Format format, Type type, const Matrix& matrix, int64_t rows) {
-  const int64_t element = element_size(type);
-  if (format == Format::dense) return rows * matrix.cols * element;
-  if (format == Format::bitmap) return matrix.offsets[rows] * element + rows * ceil_div(matrix.cols, 8);
-  if (format == Format::bitmap_windows) return matrix.offsets[ceil_div(rows, kWindowRows)] * (kSlots * element + 4);
-  return rows * kept_per_row(matrix.cols) * (4 * element + 1) / 4;
-}
-
-// How many pieces of each: `wanted` in all, but at least one, so that the largest piece is as small as can be.
-std::vector<int64_t> share_out(int64_t wanted, const std::vector<int64_t>& bytes) {
-  std::vector<int64_t> counts(bytes.size(), 1);
-  for (int64_t left = wanted - static_cast<int64_t>(bytes.size()); left > 0; --left) {
-    size_t largest = 0;
-    for (size_t i = 1; i < bytes.size(); ++i) {
-      if (bytes[i] * counts[largest] > bytes[largest] * counts[i]) largest = i;
-    }
-    ++counts[largest];
-  }
-  return counts;
-}
-
-// Pieces of about the same number of bytes, which end at multiples of the kernel's rows.
-std::vector<Piece> split(const Kernel& kernel, Format format, Type type, const std::vector<Matrix>& matrices,
-                         int threads) {
-  std::vector<int64_t> bytes;
-  for (const Matrix& matrix : matrices) bytes.push_back(bytes_before(format, type, matrix, matrix.rows));
-  const int64_t wanted = threads == 1 ? 1 : threads * kPiecesPerThread;
-  const int64_t worthwhile = ceil_div(std::accumulate(bytes.begin(), bytes.end(), int64_t{0}), kMinPieceBytes);
-  const std::vector<int64_t> counts = share_out(std::min(wanted, worthwhile), bytes);
-  std::vector<Piece> pieces;
-  for (size_t m = 0; m < matrices.size(); ++m) {
-    const Matrix& matrix = matrices[m];
-    const int64_t count = std::min(counts[m], ceil_div(matrix.rows, kernel.row_multiple));
-    int64_t first = 0;
-    for (int64_t i = 1; i <= count; ++i) {
-      int64_t low = first, high = matrix.rows;  // smallest row count with its share of the bytes
-      const int64_t share = bytes[m] / count * i;
-      while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (bytes_before(format, type, matrix, middle) < share) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      const int64_t last =
-          i == count ? matrix.rows : std::min(ceil_div(low, kernel.row_multiple) * kernel.row_multiple, matrix.rows);
-      if (last > first) pieces.push_back({&matrix, first, last});
-      first = last;
-    }
-  }
-  return pieces;
-}
-
 // Whether all are finite.
 bool prepare(const Kernel& kernel, int64_t cols, const char* x, int64_t token_size, int64_t tokens, int threads,
              char* prepared) {
   const int64_t group = kernel.group_tokens, stride = static_cast<int64_t>(kernel.group_bytes(cols));
   std::atomic<bool> finite{true};
-  parallel_for(ceil_div(tokens, group), tokens * token_size < 4 * kMinPieceBytes ? 1 : threads, [&](int64_t g) {
+  parallel_for(ceil_div(tokens, group), tokens * token_size < kSerialBytes ? 1 : threads, [&](int64_t g) {
     const int64_t m = g * group;
     if (!kernel.prepare(x + m * token_size, std::min(group, tokens - m), cols, prepared + g * stride)) finite = false;
   });
@@ -200,7 +136,7 @@ bool linear(const Kernel& few, Format format, Type type, const std::vector<Matri
   const int64_t part = even_part(tokens, most, kernel.group_tokens);
   char* const prepared =
       static_cast<char*>(tokens_buffer.at_least(static_cast<size_t>(part / kernel.group_tokens * stride)));
-  const std::vector<Piece> pieces = split(kernel, format, type, matrices, threads);
+  const std::vector<Piece> pieces = cut(kernel, format, type, matrices, threads);
   bool good = true;
   for (int64_t m = 0; good && m < tokens; m += part) {
     const int64_t count = std::min(part, tokens - m);

@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu_features.h"
 #include "linear.h"
 #include "parallel.h"
+#include "pieces.h"
 #include "windows_packing.h"
 
 namespace py = pybind11;
@@ -57,21 +60,28 @@ struct Bound {
   Format format;
   Type type;
   Matrix matrix;
+  std::unique_ptr<const int64_t[]> shares;  // of the matrix
 };
 
 Bound bind(Variant variant, Format format, Type type, uintptr_t values, uintptr_t meta, uintptr_t offsets,
            uintptr_t bias, int64_t rows, int64_t cols) {
   if (rows < 1 || cols < 1) throw py::value_error("a matrix needs at least one row and one column");
   require_here(variant);
-  const Matrix matrix{reinterpret_cast<const void*>(values),
-                      reinterpret_cast<const void*>(meta),
-                      reinterpret_cast<const int64_t*>(offsets),
-                      reinterpret_cast<const void*>(bias),
-                      nullptr,
-                      rows,
-                      cols};
-  return {wandapp::find_kernel(variant, format, type), wandapp::find_decompress(variant, format, type), format, type,
-          matrix};
+  Matrix matrix{reinterpret_cast<const void*>(values),
+                reinterpret_cast<const void*>(meta),
+                reinterpret_cast<const int64_t*>(offsets),
+                reinterpret_cast<const void*>(bias),
+                nullptr,
+                rows,
+                cols};
+  std::unique_ptr<const int64_t[]> shares = wandapp::find_shares(format, type, matrix);
+  matrix.shares = shares.get();
+  return {wandapp::find_kernel(variant, format, type),
+          wandapp::find_decompress(variant, format, type),
+          format,
+          type,
+          matrix,
+          std::move(shares)};
 }
 
 bool offsets_fit(uintptr_t offsets, int64_t rows, int64_t cols, int64_t values) {

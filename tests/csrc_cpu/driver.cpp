@@ -15,6 +15,7 @@
 
 #include "cpu_features.h"
 #include "linear.h"
+#include "pieces.h"
 #include "types.h"
 #include "windows_packing.h"
 
@@ -46,8 +47,6 @@ double element(Type type, const char* data, int64_t i) {
   if (type == Type::fp16) return widen(reinterpret_cast<const Fp16*>(data)[i]);
   return reinterpret_cast<const float*>(data)[i];
 }
-
-int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
 
 // Whether rows [first, last) come out as those of `dense`, bit for bit.
 bool decompresses(Variant variant, Format format, Type type, const Matrix& matrix, const char* dense, int64_t first,
@@ -86,6 +85,32 @@ bool comes_back(Type type, const Matrix& matrix, const Blob& values, const Blob&
          std::memcmp(bitmap.get(), meta.data.get(), static_cast<size_t>(meta.size)) == 0;
 }
 
+// Whether rows with very different bytes are cut as promised: in order, nothing left out, no piece above half a thread's
+// share of what was left by more than a block of rows and what `shares` rounds.
+bool cuts_evenly(Format format, int threads) {
+  constexpr int64_t kRows = 4099, kCols = 64;
+  const int64_t block = format == Format::bitmap_windows ? 4 : 1, bytes_each = format == Format::bitmap_windows ? 20 : 2;
+  std::vector<int64_t> offsets = {0};
+  for (int64_t r = 0; r < kRows; r += block) offsets.push_back(offsets.back() + (r > 1000 ? 0 : r % 3 * 32));
+  Matrix matrix{nullptr, nullptr, offsets.data(), nullptr, nullptr, kRows, kCols};
+  const std::unique_ptr<const int64_t[]> shares = find_shares(format, Type::bf16, matrix);
+  matrix.shares = shares.get();
+  const Kernel* kernel = find_kernel(Variant::plain, Format::bitmap, Type::bf16);
+  const int64_t row_bytes = format == Format::bitmap ? kCols / 8 : 0;
+  const auto before = [&](int64_t row) {
+    return offsets[static_cast<size_t>((row + block - 1) / block)] * bytes_each + row * row_bytes;
+  };
+  const int64_t total = before(kRows);
+  int64_t done = 0;
+  for (const Piece& piece : cut(*kernel, format, Type::bf16, {matrix}, threads)) {
+    const int64_t bytes = before(piece.last) - before(piece.first), left = total - before(piece.first);
+    const int64_t rounded = 2 * total / 256 + (kernel->row_multiple + block) * kCols * bytes_each;
+    if (piece.first != done || piece.last <= piece.first || bytes > left / (2 * threads) + rounded) return false;
+    done = piece.last;
+  }
+  return done == kRows;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -98,6 +123,13 @@ int main(int, char** arguments) {
                                                       {"avx512_vbmi2", Variant::avx512_vbmi2},
                                                       {"amx", Variant::amx}};
   int64_t runs = 0, failures = 0;
+  for (const Format format : {Format::bitmap, Format::bitmap_windows}) {
+    for (int threads : {2, 3, 16}) {
+      if (cuts_evenly(format, threads)) continue;
+      ++failures;
+      std::printf("format %d is cut unevenly for %d threads\n", static_cast<int>(format), threads);
+    }
+  }
   for (int64_t c = 0; c < cases; ++c) {
     const auto format = static_cast<Format>(read_int(file));
     const auto type = static_cast<Type>(read_int(file));
@@ -129,7 +161,9 @@ int main(int, char** arguments) {
       }
       const Kernel* kernel = find_kernel(variant, format, type);
       if (kernel == nullptr) continue;
+      const std::unique_ptr<const int64_t[]> shares = find_shares(format, type, weight);
       Matrix matrix = weight;
+      matrix.shares = shares.get();
       matrix.bias = bias.size == 0 ? nullptr : bias.data.get();
       const auto right = [&](const std::string& out, bool said_finite) {
         if (said_finite != finite) return false;
@@ -145,12 +179,17 @@ int main(int, char** arguments) {
       for (const Kernel* one : {kernel, tokens < kernel->many_tokens ? kernel->many : nullptr}) {
         std::string first_result;
         for (int threads = 1; one != nullptr && threads <= 3; ++threads) {
-          std::string out(static_cast<size_t>(tokens * rows * element_size(type)), '\x7f');
+          std::string out(static_cast<size_t>(tokens * rows * element_size(type)), '\x7f'), again = out;
           matrix.out = out.data();
-          const bool good = right(out, linear(*one, format, type, {matrix}, x.data.get(), tokens, threads));
+          std::vector<Matrix> matrices = {matrix};
+          if (threads == 3) {  // two weights in one call, which a piece may span
+            matrices.push_back(matrix);
+            matrices.back().out = again.data();
+          }
+          const bool good = right(out, linear(*one, format, type, matrices, x.data.get(), tokens, threads));
           ++runs;
           if (threads == 1) first_result = out;
-          if (good && out == first_result) continue;
+          if (good && out == first_result && (threads != 3 || again == first_result)) continue;
           ++failures;
           std::printf("%s%s, format %d, type %d: %ld tokens, %ld x %ld, %d threads\n", name,
                       one == kernel ? "" : " for many tokens", static_cast<int>(format), static_cast<int>(type), tokens,

@@ -44,6 +44,7 @@ FILES = [
     (ROOT / "cpu/kernels_amx.cpp", ["-DWANDAPP_EMULATE_AVX512", "-O1"]),
     *([(ROOT / "cpu/kernels_avx2.cpp", AVX2)] if X86 else []),
     *((ROOT / f"cpu/{name}.cpp", HAVE) for name in PLAIN),
+    (ROOT / "cpu/pieces.cpp", ["-DWANDAPP_PIECE_BYTES=200"]),  # so that small weights are cut too
     (Path(__file__).with_name("driver.cpp"), HAVE),
 ]
 
@@ -87,7 +88,7 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
         cases += [make_case(layout, dtype, 1, 3, columns) for columns in (1, 2, 3, 4, 6, 33, 341, 576, 1000, 4100)]
         cases += [make_case(layout, dtype, 5, rows, 70, bias=False) for rows in (1, 2, 3, 17, 33)]
         cases += [make_case(layout, dtype, 3, 4, columns) for columns in (127, 128, 129, 250)]
-        # Rows that are far apart go together; of the last, several pieces.
+        # Rows that are far apart go together.
         cases += [make_case(layout, dtype, 1, rows, 70) for rows in (7, 8, 9, 23)]
         cases += [make_case(layout, dtype, tokens, 35, 2100) for tokens in (1, 2)]
         cases.append(make_case(layout, dtype, 64, 5, 70))
@@ -118,7 +119,7 @@ def test_tiles_match_float64_at_awkward_shapes(driver: Path, tmp_path: Path):
         for tokens in (15, 16, 17, 31, 32, 33, 48, 64, 65, 100):
             add(tokens, 18, 70)
         add(33, 33, 545)  # several blocks of columns, a pair of token groups and a single one
-        add(2, 36, 3000)  # several pieces
+        add(2, 36, 3000)
     cases.append(make_case("nm", torch.bfloat16, 33, 1, 26_000))  # passes of fewer tokens
     for density in (0, 0.05, 0.95, 1):
         cases += [make_case("bitmap", torch.bfloat16, tokens, 19, 1030, density) for tokens in (1, 20)]

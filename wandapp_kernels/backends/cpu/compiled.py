@@ -17,6 +17,7 @@ from wandapp_kernels.sparsity.pattern import Pattern
 
 VARIABLE = "WANDAPP_CPU_VARIANT"
 TWO_FOUR = Pattern.parse("2:4")
+_CPU = torch.device("cpu")  # torch parses a string at every call
 
 TYPES = {torch.bfloat16: _cpu.Type.bf16, torch.float16: _cpu.Type.fp16, torch.float32: _cpu.Type.fp32}
 FORMATS = {
@@ -153,7 +154,7 @@ def multiply(x: torch.Tensor, bound: Sequence[Bound]) -> list[torch.Tensor] | No
     for one in bound:
         if one.shape[1] != columns:
             raise UsageError(f"x has {columns} columns, but the weight has in_features = {one.shape[1]}")
-    outputs = [torch.empty(*leading, one.shape[0], dtype=dtype, device="cpu") for one in bound]
+    outputs = [torch.empty(*leading, one.shape[0], dtype=dtype, device=_CPU) for one in bound]
     finite = _cpu.linear(
         [one.native for one in bound],
         x.data_ptr(),
