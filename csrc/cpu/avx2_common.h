@@ -13,7 +13,10 @@ namespace {
 
 constexpr int kChunk = 16;
 
-void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address) + kPrefetchBytes, _MM_HINT_T0); }
+[[maybe_unused]] inline void fetch(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
+}
+void prefetch(const void* address) { fetch(static_cast<const char*>(address) + kPrefetchBytes); }
 
 float sum(__m256 v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

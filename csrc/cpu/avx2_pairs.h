@@ -118,8 +118,5 @@ void run_pairs(const Matrix& matrix, const void* prepared, int64_t first_token, 
   }
 }
 
-template <class T>
-constexpr Kernel kPairs{kPairsRows, 1, token_bytes, prepare<T, false>, no_scratch, run_pairs<T>};
-
 }  // namespace
 }  // namespace wandapp

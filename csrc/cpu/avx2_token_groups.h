@@ -1,5 +1,8 @@
 // Tokens side by side, for kernels that multiply one weight with several: fp32 [columns, 8 or 16], zeros up to a multiple
 // of 16 columns and 8 tokens.
+//
+// All columns do not fit the first-level cache, and each is read about once by every block of 4 rows. So the columns are
+// taken in strips that fit, each for several blocks, whose sums wait in between.
 #pragma once
 
 #include "avx2_common.h"
@@ -9,6 +12,9 @@ namespace {
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kGroupTokens = 16;
+constexpr int64_t kStripColumns = 256;  // 16 KB with 16 tokens: half of a first-level cache
+constexpr int64_t kStripBlocks = 16;
+constexpr int64_t kBlockRows = 4;
 
 // Vectors of tokens that a group of `count` has; those that are missing are zeros.
 int64_t vectors_of(int64_t count) { return ceil_div(count, kLanes); }
@@ -89,21 +95,77 @@ void for_groups(const void* prepared, int64_t cols, int64_t tokens, Body body) {
   }
 }
 
-// Sums of R rows x 8 V tokens, the first `rows` and `count` of them, into the output. (Always inline: only then do the
-// sums stay in registers before.)
-template <class T, int R, int V>
-[[gnu::always_inline]] inline void put_tokens(const __m256 (&acc)[R][V], int64_t m, int64_t count, int64_t r,
-                                              int64_t rows, const Output<T>& output) {
-  alignas(32) float sums[R][V * kLanes];
-#pragma GCC unroll 4
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) _mm256_store_ps(sums[i] + v * kLanes, acc[i][v]);
+// Sums of a block's rows x 8 V tokens. With V = 1 two for each, which take turns: a sum has to wait for the one before.
+template <int V>
+struct TokenSums {
+  __m256 of[kBlockRows][2];
+
+  void clear() {
+    for (auto& row : of) row[0] = row[1] = _mm256_setzero_ps();
   }
-#pragma GCC unroll 1
-  for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 1
-    for (int64_t j = 0; j < count; ++j) output.put(m + j, r + i, sums[i][j]);
+
+  // of[row] += weight * x for value number i of the row. (Always inline: only then do the sums stay in registers.)
+  [[gnu::always_inline]] void add(int row, int i, __m256 weight, const char* x) {
+    const float* tokens = reinterpret_cast<const float*>(x);
+    if constexpr (V == 1) {
+      of[row][i % 2] = _mm256_fmadd_ps(weight, _mm256_load_ps(tokens), of[row][i % 2]);
+    } else {
+      of[row][0] = _mm256_fmadd_ps(weight, _mm256_load_ps(tokens), of[row][0]);
+      of[row][1] = _mm256_fmadd_ps(weight, _mm256_load_ps(tokens + kLanes), of[row][1]);
+    }
+  }
+
+  // The first `rows` rows and `count` tokens, into rows r and tokens m on of the output.
+  template <class T>
+  void put(int64_t m, int64_t count, int64_t r, int64_t rows, const Output<T>& output) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      alignas(32) float sums[2 * kLanes];
+      _mm256_store_ps(sums, V == 1 ? _mm256_add_ps(of[i][0], of[i][1]) : of[i][0]);
+      _mm256_store_ps(sums + kLanes, of[i][1]);
+      for (int64_t j = 0; j < count; ++j) output.put(m + j, r + i, sums[j]);
+    }
+  }
+};
+
+// Lane i of both halves of v in all lanes of its half: less work for the loads than a broadcast from memory.
+inline __m256 spread(__m256 v, int i) {
+  switch (i) {
+    case 0:
+      return _mm256_permute_ps(v, 0x00);
+    case 1:
+      return _mm256_permute_ps(v, 0x55);
+    case 2:
+      return _mm256_permute_ps(v, 0xaa);
+    default:
+      return _mm256_permute_ps(v, 0xff);
+  }
+}
+
+struct Halves {
+  __m256 of[2];  // the lower, the upper 4 of 8 weights, twice
+
+  explicit Halves(__m256 eight)
+      : of{_mm256_permute2f128_ps(eight, eight, 0x00), _mm256_permute2f128_ps(eight, eight, 0x11)} {}
+};
+
+// Multiplies rows [first, last) with `count` tokens from m on: start(block, its number) for every block of rows, then
+// strip(block, the block that is next, first column, columns) until each has seen all columns. A Block has `sums`.
+template <class Block, class T, class Start, class Strip>
+void multiply_in_strips(int64_t first, int64_t last, int64_t cols, int64_t m, int64_t count, const Output<T>& output,
+                        Start start, Strip strip) {
+  Block blocks[kStripBlocks];
+  for (int64_t r = first; r < last; r += kStripBlocks * kBlockRows) {
+    const int64_t together = at_most(ceil_div(last - r, kBlockRows), kStripBlocks);
+    for (int64_t b = 0; b < together; ++b) start(blocks[b], r / kBlockRows + b);
+    for (int64_t k = 0; k < cols; k += kStripColumns) {
+      for (int64_t b = 0; b < together; ++b) {
+        strip(blocks[b], blocks[b + 1 == together ? 0 : b + 1], k, at_most(cols - k, kStripColumns));
+      }
+    }
+    for (int64_t b = 0; b < together; ++b) {
+      const int64_t row = r + b * kBlockRows;
+      blocks[b].sums.put(m, count, row, at_most(last - row, kBlockRows), output);
+    }
   }
 }
 

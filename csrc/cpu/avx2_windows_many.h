@@ -8,44 +8,58 @@
 namespace wandapp {
 namespace {
 
-// (Not inlined: in the loop over rows GCC would keep addresses, and then sums, on the stack.)
+static_assert(kWindowRows == kBlockRows);
+
 template <class T, int V>
-[[gnu::noinline]] void windows_tokens(const WindowsBlock<T>& block, const float* x, int64_t m, int64_t count,
-                                      int64_t rows, const Output<T>& output) {
-  const T* values = block.values;
-  const uint32_t* words = block.words;
-  constexpr int kShift = V == 1 ? 5 : 6;  // log2 of a column's bytes
-  __m256 acc[kWindowRows][V];
-  for (auto& row : acc) {
-    for (auto& vector : row) vector = _mm256_setzero_ps();
+struct WindowsTokens {
+  const T* values;
+  const uint32_t* words;
+  const uint32_t* end;
+  const char* window;
+  TokenSums<V> sums;
+
+  void start(const WindowsBlock<T>& block, const float* x) {
+    values = block.values;
+    words = block.words;
+    end = block.words + block.steps;
+    window = reinterpret_cast<const char*>(x);
+    sums.clear();
   }
-  const char* window = reinterpret_cast<const char*>(x);
-  alignas(32) float weights[kPair][kSlots];
-  for (int64_t s = 0; s < block.steps; s += kPair) {
-    prefetch(values + s * kSlots);
-    prefetch(words + s);
-    const Chunk chunk = load(values + s * kSlots);
-    _mm256_store_ps(weights[0], chunk.first);
-    _mm256_store_ps(weights[1], chunk.second);
+};
+
+// Steps until the window has reached `limit`. (Not inlined: in the loop over blocks GCC would keep addresses, and then
+// sums, on the stack.)
+template <class T, int V>
+[[gnu::noinline]] void windows_strip(WindowsTokens<T, V>& block, const WindowsTokens<T, V>& next, const char* limit) {
+  constexpr int kShift = V == 1 ? 5 : 6;  // log2 of a column's bytes
+  const T *values = block.values, *next_values = next.values;
+  const uint32_t *words = block.words, *next_words = next.words;
+  const char* window = block.window;
+  TokenSums<V> sums = block.sums;
+  for (; words != block.end && window < limit; words += kPair, values += kPair * kSlots) {
+    fetch(next_values);
+    fetch(next_words);
+    next_values += kPair * kSlots;
+    next_words += kPair;
+    const Chunk chunk = load(values);
 #pragma GCC unroll 2
     for (int i = 0; i < kPair; ++i) {
-      const uint32_t word = words[s + i];
-      window += move_of(words + s + i) << kShift;
+      const Halves weights(i == 0 ? chunk.first : chunk.second);
+      const uint32_t word = words[i];
+      window += move_of(words + i) << kShift;
 #pragma GCC unroll 8
-      for (int slot = 0; slot < kSlots; ++slot) {
+      for (int n = 0; n < kSlots; ++n) {
+        const int slot = n / 4 + n % 4 * 2;  // the rows in turn
         const int shift = 3 * slot - kShift;
         const uint32_t column = (shift < 0 ? word << -shift : word >> shift) & 7u << kShift;
-        const float* of_column = reinterpret_cast<const float*>(window + column);
-        const __m256 weight = _mm256_set1_ps(weights[i][slot]);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-          __m256& sum = acc[slot / 2][v];
-          sum = _mm256_fmadd_ps(weight, _mm256_load_ps(of_column + v * kLanes), sum);
-        }
+        sums.add(slot / 2, slot % 2, spread(weights.of[slot / 4], slot % 4), window + column);
       }
     }
   }
-  put_tokens(acc, m, count, block.row, at_most(rows - block.row, kWindowRows), output);
+  block.sums = sums;
+  block.values = values;
+  block.words = words;
+  block.window = window;
 }
 
 template <class T>
@@ -53,9 +67,12 @@ void run_windows_many(const Matrix& matrix, const void* prepared, int64_t first_
                       int64_t last, void*) {
   const Output<T> output(matrix, first_token);
   for_groups(prepared, matrix.cols, tokens, [&](auto vectors, const float* x, int64_t m, int64_t count) {
-    for (int64_t block = first / kWindowRows; block < ceil_div(last, kWindowRows); ++block) {
-      windows_tokens<T, vectors>(WindowsBlock<T>(matrix, block), x, m, count, last, output);
-    }
+    multiply_in_strips<WindowsTokens<T, vectors>>(
+        first, last, matrix.cols, m, count, output,
+        [&](auto& block, int64_t number) { block.start(WindowsBlock<T>(matrix, number), x); },
+        [&](auto& block, const auto& next, int64_t k, int64_t columns) {
+          windows_strip(block, next, reinterpret_cast<const char*>(x + (k + columns) * vectors * kLanes));
+        });
   });
 }
 
@@ -64,7 +81,7 @@ constexpr Kernel kWindowsMany{
     kWindowRows, kGroupTokens, group_bytes, prepare_group<T>, no_scratch, run_windows_many<T>};
 
 // From this many tokens on, 8 at once cost less than permuting for each.
-constexpr int64_t kWindowsManyTokens = 7;
+constexpr int64_t kWindowsManyTokens = 5;
 
 template <class T>
 constexpr Kernel kWindows{kWindowRows,    1,       token_bytes,      prepare<T, false>, no_scratch,

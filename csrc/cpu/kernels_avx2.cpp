@@ -3,7 +3,7 @@
 #include "avx2_decompress.h"
 #include "avx2_decompress_pairs.h"
 #include "avx2_dense.h"
-#include "avx2_pairs.h"
+#include "avx2_pairs_many.h"
 #include "avx2_windows_many.h"
 
 namespace wandapp {

@@ -92,6 +92,7 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
         cases += [make_case(layout, dtype, 1, rows, 70) for rows in (7, 8, 9, 23)]
         cases += [make_case(layout, dtype, tokens, 35, 2100) for tokens in (1, 2)]
         cases.append(make_case(layout, dtype, 64, 5, 70))
+        cases.append(make_case(layout, dtype, 20, 70, 600))  # tokens side by side: several strips and sets of blocks
     for layout, density in itertools.product(("bitmap", "bitmap_windows"), (0, 0.05, 0.95, 1)):
         cases += [make_case(layout, dtype, tokens, rows, 200, density) for tokens, rows in ((1, 5), (5, 5), (1, 17))]
     # Windows that move further than a word can say.
