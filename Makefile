@@ -43,11 +43,18 @@ h100:
 clean:
 	rm -rf $(VENV) build *.egg-info wandapp_kernels/*.so wandapp_kernels/backends/cuda/cubins
 
+# A torch that is asked for by name replaces another one that .venv was made with.
+ifneq ($(origin TORCH),file)
+ifneq ($(TORCH),$(shell cat $(VENV)/.torch 2>/dev/null))
+.PHONY: $(VENV)/.torch
+endif
+endif
+
 $(VENV)/.torch: requirements-bundled.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	touch $@
+	echo "$(TORCH)" > $@
 
 # Compiles csrc, and installs what pyproject.toml names.
 $(READY): $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)

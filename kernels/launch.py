@@ -24,7 +24,7 @@ def why_not(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return MISSING
     if device.type == "cuda":
-        return None if interpreted() else _too_old(device.index or 0)
+        return _cannot_launch() or (None if interpreted() else _too_old(device.index or 0))
     if device.type == "cpu":
         # The variable first: importing Triton takes 90 MB and half a second.
         if os.environ.get("TRITON_INTERPRET", "0") != "0" and interpreted():
@@ -40,6 +40,22 @@ def interpreted() -> bool:
     import triton.language as tl
 
     return not isinstance(tl.sum, triton.runtime.JITFunction)
+
+
+@lru_cache
+def _cannot_launch() -> str | None:
+    """Why Triton cannot launch anything on a GPU; it compiles what it launches with by the system's C compiler."""
+    try:
+        import triton
+
+        if not interpreted():
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # no compiler, no headers, no libcuda, a broken installation, ...
+        return (
+            f"Triton cannot launch kernels here ({type(error).__name__}: {' '.join(str(error).split())[:200]}): it "
+            "needs a C compiler (gcc, or what $CC names) and Python's headers"
+        )
+    return None
 
 
 def on(device: torch.device) -> AbstractContextManager:

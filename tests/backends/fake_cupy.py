@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
+import threading
 import types
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Gpu:
     capability: tuple[int, int] = (9, 0)
     active_stream: int | None = None
     refuses: bool = False
+    threads: set[int] | None = None  # those that have a context; None: all
     compilations: list[tuple[str, ...]] = field(default_factory=list)
     nvrtc_version: tuple[int, int] = (13, 0)
     nvrtc_fails: bool = False
@@ -42,10 +44,17 @@ class Gpu:
     loaded: list[tuple[str, int | None]] = field(default_factory=list)
     kernels: dict[int, Any] = field(default_factory=dict)
 
+    def mem_get_info(self, device=None):
+        if self.threads is not None:
+            self.threads.add(threading.get_ident())
+        return 1 << 30, 1 << 30
+
     def launch(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         """``cuLaunchKernel``: an array of addresses of the arguments, 8 bytes each, that ends with a null pointer."""
         if self.refuses:
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
+        if self.threads is not None and threading.get_ident() not in self.threads:
+            raise RuntimeError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
         assert extra == 0
         kernel = self.kernels[function]
         places = (ctypes.c_void_p.from_address(parameters + 8 * i).value for i in itertools.count())
@@ -150,6 +159,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "is_current_stream_capturing": lambda: gpu.capturing,
         "get_device_properties": lambda device: properties,
         "get_device_name": lambda device=None: "Fake H100",
+        "mem_get_info": gpu.mem_get_info,
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: gpu.stream, raising=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -178,6 +180,27 @@ def test_a_refused_launch_names_the_kernel(gpu):
     gpu.refuses = True
     with pytest.raises(KernelError, match=r"bitmap_decode_bf16_8 cannot be launched.*CUDA_ERROR_INVALID_VALUE"):
         bitmap_decode(torch.randn(1, 128).bfloat16(), bitmap_weight(16, 128), None, (16, 128))
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_thread_that_has_run_nothing_on_the_gpu_gets_a_context(gpu, bound):
+    x, tensors = torch.randn(1, 128).bfloat16(), bitmap_weight(16, 128)
+    call = CudaBitmapBackend().bind(tensors, None, (16, 128), None)
+
+    def run() -> None:
+        if bound:
+            call(x, (tensors, None))
+        else:
+            bitmap_decode(x, tensors, None, (16, 128))
+
+    run()
+    gpu.threads = {threading.get_ident()}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+        assert len(gpu.launches) == 2
+        gpu.threads.clear()  # making one did not help: no endless attempts
+        with pytest.raises(KernelError, match="CUDA_ERROR_INVALID_CONTEXT"):
+            pool.submit(run).result()
 
 
 def test_a_kernel_that_cannot_be_loaded_under_capture_says_what_to_do(gpu, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from wandapp_kernels.kernels import launch
@@ -32,13 +35,17 @@ def refusal(name: str, **changes: object) -> str | None:
 @pytest.fixture
 def ampere(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
-    launch.why_not.cache_clear()
-    launch._too_old.cache_clear()
+    import triton
+
+    cached = (launch.why_not, launch._cannot_launch, launch._too_old)
+    for function in cached:
+        function.cache_clear()
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (8, 0))
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: "cuda:80"))
     yield
-    launch.why_not.cache_clear()
-    launch._too_old.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,6 +78,25 @@ def test_without_triton_the_extra_to_install_is_named(ampere: None, monkeypatch:
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     for name in NAMES:
         assert 'pip install "wandapp_kernels[triton]"' in (refusal(name) or "")
+
+
+def test_a_triton_that_cannot_launch_is_a_reason(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles its launcher on the machine: images without a compiler are common."""
+    import triton
+
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=fail))
+    for name in NAMES:
+        reason = refusal(name) or ""
+        assert "Failed to find C compiler. Please specify via CC" in reason and "gcc" in reason
+
+
+def test_a_triton_that_cannot_be_imported_is_a_reason(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    assert "Triton cannot launch kernels here (ModuleNotFoundError" in (refusal("triton-nm") or "")
 
 
 def test_only_the_kernel_for_few_tokens_is_taken_unmeasured() -> None:

@@ -14,6 +14,7 @@ from wandapp_kernels.cli import bench_model, main
 from wandapp_kernels.report.page import write_report
 from wandapp_kernels.report.runtime import speed_rows
 from wandapp_kernels.report.tables import number
+from wandapp_kernels.runtime import compiling
 from wandapp_kernels.runtime.probe import MemoryUse, measure_memory
 
 SHORT = ["--prompts", "4,6", "--batch", "1,2", "--new-tokens", "3", "--rounds", "1"]
@@ -52,11 +53,16 @@ def test_the_result(folder: Path, tmp_path: Path, capsys) -> None:
     assert "dense and sparse</h2>" in html and "sparse bfloat16" in html and "21 × 2:4" in html
 
 
-def test_compiled_forms_beside_the_others(tmp_path: Path) -> None:
+def test_compiled_forms_beside_the_others(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    run_together = compiling.run_together
+    monkeypatch.setattr(compiling, "run_together", lambda graph: compiled.append(graph) or run_together(graph))
     pruned_model("llama", ("2:4",), num_hidden_layers=1).save_pretrained(tmp_path / "dense")
-    short = ["--prompts", "4,6", "--batch", "1,2", "--new-tokens", "3", "--rounds", "1", "--no-memory", "--quiet"]
+    short = ["--prompts", "4,6", "--batch", "1,2", "--new-tokens", "3", "--rounds", "2", "--no-memory"]
     command = ["bench", "model", str(tmp_path / "dense"), *short, "--compile", "--json", str(tmp_path / "found.json")]
     assert main(command) == 0
+    assert "decode steps to be compiled: 4, a minute or more each\n" in capsys.readouterr().err
+    assert len(compiled) == 4  # each form once for each batch size, not once for each round or prompt
     found = json.loads((tmp_path / "found.json").read_text())
     forms = ["dense float32", "sparse float32", "dense float32 compiled", "sparse float32 compiled"]
     assert [row["name"] for row in found["speed"]] == forms * 2 + forms[:2]

@@ -5,6 +5,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -168,18 +169,41 @@ def test_one_disturbance_at_the_start_ends_nobody(monkeypatch: pytest.MonkeyPatc
         assert found == {"dense": 100.0, "a-nm": 10.0}
 
 
-@pytest.mark.parametrize(("device", "calls"), [("cpu", 2), ("cuda", 1)])
-def test_calls_take_the_copies_in_turn(monkeypatch: pytest.MonkeyPatch, device: str, calls: int) -> None:
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What was asked of a GPU, and which one was the current one."""
+    current, found = ["cuda:0"], []
+
+    @contextmanager
+    def device(wanted: str) -> Iterator[None]:
+        current.append(wanted)
+        yield
+        current.pop()
+
     class Event:
         def __init__(self, enable_timing: bool): ...
 
-        def record(self) -> None: ...
+        def record(self) -> None:
+            found.append(("record", current[-1]))
 
         def elapsed_time(self, other: Event) -> float:
             return 1.0
 
-    for name, fake in (("Event", Event), ("synchronize", lambda device: None), ("_sleep", lambda cycles: None)):
-        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: found.append((name, current[-1])))
+    return found
+
+
+def test_a_gpu_that_is_not_the_current_one_is_timed_by_its_own_stream(used: list[tuple[str, str]]) -> None:
+    measuring._time(iter([lambda: torch.ones(1)]), "cuda:1")
+    assert used == [(name, "cuda:1") for name in ("synchronize", "_sleep", "record", "record", "synchronize")]
+
+
+@pytest.mark.usefixtures("used")
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 2), ("cuda", 1)])
+def test_calls_take_the_copies_in_turn(device: str, calls: int) -> None:
     seen: list[int] = []
     copies: list[Any] = [partial(seen.append, number) for number in range(4)]
     measuring._medians({"a-nm": copies}, device, 0.0)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from wandapp_kernels.pruning.memory import PeakMemory
 from wandapp_kernels.runtime import memory
 
 # 12 layers of 1024 x 4096 in fp32: 201 MB dense, 113 MB at 2:4. One layer is small beside.
@@ -42,8 +43,30 @@ print(json.dumps([number - before for number in (dense, peak, sparse, again)] + 
 """
 
 
+@pytest.fixture
+def resets(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """GPUs whose peak was reset; as long as CUDA is not initialised, torch has none with a number."""
+    ready, found = [], []
+
+    def reset(device: int) -> None:
+        if not ready:
+            raise RuntimeError(f"Invalid device argument {device}: did you call init?")
+        found.append(device)
+
+    monkeypatch.setattr(torch._C, "_cuda_resetPeakMemoryStats", reset, raising=False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: ready.append(True))
+    return found
+
+
+def test_a_gpu_with_a_number_may_be_the_first_thing_that_is_asked_for(resets: list[int]) -> None:
+    memory.reset_peak(torch.device("cuda:1"))
+    PeakMemory(torch.device("cuda:0")).lap()
+    assert resets == [1, 0, 0]
+
+
 def test_on_a_gpu_it_is_what_torch_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, reset = torch.device("cuda:1"), []
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7 if device == gpu else 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 9 if device == gpu else 0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)

@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         contenders = [_contender(kind, dtype, dense, compressed, arguments.tune, device) for kind, dtype in forms]
         result["layers"] = {contender.name: contender.prepared.layers for contender in contenders}
         if arguments.compile:
+            display.line(f"decode steps to be compiled: {len(contenders) * len(batches)}, a minute or more each")
             contenders += [replace(one, name=f"{one.name} compiled", compiled=True) for one in contenders]
         settings = [(prompts[0], batch) for batch in batches] + [(length, batches[0]) for length in prompts[1:]]
         speeds = measure_speed(

@@ -26,6 +26,7 @@ class PeakMemory:
 
     def lap(self) -> int:
         if self._device.type == "cuda":
+            torch.cuda.init()  # before, torch takes "cuda" only, and no device with a number
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             return peak

@@ -34,6 +34,7 @@ def peak_bytes(device: torch.device = CPU) -> int:
 def reset_peak(device: torch.device = CPU) -> None:
     """Let :func:`peak_bytes` start again from what is held now (on the CPU of Linux only, else without effect)."""
     if device.type == "cuda":
+        torch.cuda.init()  # before, torch takes "cuda" only, and no device with a number
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):

@@ -235,12 +235,13 @@ def _time(calls: Iterator[Callable[[], torch.Tensor]], device: str) -> float:
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    # The stream is kept busy while the call is issued, so that its time on the host is not counted.
-    torch.cuda._sleep(500_000)
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):  # events are recorded on the current GPU, wherever the call runs
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        # The stream is kept busy while the call is issued, so that its time on the host is not counted.
+        torch.cuda._sleep(500_000)
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize()
     return first.elapsed_time(last) * 1e3

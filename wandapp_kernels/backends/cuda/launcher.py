@@ -166,7 +166,26 @@ def launch(
     except KernelError:
         raise
     except Exception as error:
-        raise _refused(name, grid, threads, shared_bytes, error) from error
+        if not _has_context_now(error, index):
+            raise _refused(name, grid, threads, shared_bytes, error) from error
+        launch(source, name, grid, threads, shared_bytes, arguments, device)
+
+
+_thread = threading.local()
+
+
+def _has_context_now(error: Exception, index: int) -> bool:
+    """Whether a launch failed only because its thread had no CUDA context, and may be tried again.
+
+    The driver launches in the calling thread's context. A thread gets one with its first call of the CUDA runtime,
+    which torch's operators make, but handing out cached memory does not.
+    """
+    made = _thread.__dict__.setdefault("made", set())
+    if "CUDA_ERROR_INVALID_CONTEXT" not in str(error) or index in made:
+        return False
+    made.add(index)
+    torch.cuda.mem_get_info(index)
+    return True
 
 
 def _refused(name: str, grid: tuple[int, int], threads: int, shared_bytes: int, error: Exception) -> KernelError:
@@ -229,7 +248,9 @@ class Prepared:
                 arguments.values[self._out] = out
                 self._kernel.driver(*self._launch, _stream(self._index), arguments.address, 0)
         except Exception as error:
-            raise _refused(*self._how, error) from error
+            if not _has_context_now(error, self._index):
+                raise _refused(*self._how, error) from error
+            self(x, out)
 
 
 def _stream(index: int) -> int:
