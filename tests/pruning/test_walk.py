@@ -306,3 +306,17 @@ def test_output_errors_are_those_of_the_pruned_model() -> None:
     dense_out = hidden @ dense.model.layers[0].self_attn.q_proj.weight.T
     difference = hidden @ model.model.layers[0].self_attn.q_proj.weight.T - dense_out
     assert q_proj.output_error == pytest.approx((difference.norm() / dense_out.norm()).item(), rel=1e-4)
+
+
+def test_a_smaller_last_batch_has_no_part_in_the_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(5, TOKENS)
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 2 * TOKENS)
+    model, dense = tiny_model("llama", num_hidden_layers=1), tiny_model("llama", num_hidden_layers=1)
+    report = walk.prune_blocks(model, ids, build_settings("wanda", "2:4"))
+    outputs = []
+    for net in (dense, model):
+        net.model.layers[0].register_forward_hook(lambda _m, _i, output: outputs.append(output))
+        with torch.no_grad():
+            net(ids[:2])
+    expected = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    assert report.blocks[0].output_error == pytest.approx(float(expected), rel=1e-4)

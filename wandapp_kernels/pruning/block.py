@@ -156,7 +156,7 @@ class BlockPruner:
                 else:
                     output = self._forward(hidden, chosen)
                 recorder.end_batch(len(chosen))
-                if self._first_pass and len(self._first_outputs) * len(chosen) < self._batch:
+                if self._first_pass and sum(map(len, self._first_outputs)) < self._batch:
                     self._first_outputs.append(output.detach())
                 if outputs is not None:
                     outputs.put(chosen, output)
