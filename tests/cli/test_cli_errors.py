@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
 from wandapp_kernels.cli import commands, main
+from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.load import load_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("glassllm") is None, reason="glassllm is not installed")
@@ -110,6 +111,30 @@ def test_a_report_and_a_model_that_would_replace_each_other(
     for force in ([], ["--force"]):
         assert main(["compare", "glass-0.9m", *folders, *force]) == 2
         assert how in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["compare", "models/a", "--save", "models/a"], True),  # the next method would load what this one pruned
+        (["compare", "models/a", "--out", "models/../models"], True),
+        (["compare", "models/a", "--save", "models/b", "--out", "models/a/report"], False),
+        (["prune", "models/a", "--out", "models"], True),
+        (["prune", "models/a", "--out", "models/a"], False),
+        (["prune", "glass-0.9m", "--out", "models"], False),
+    ],
+)
+def test_the_model_is_not_replaced_while_it_is_read(
+    arguments: list[str], refused: bool, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ModelError("loaded")
+
+    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    assert main([*arguments, "--force"]) == (2 if refused else 1)
+    assert ("holds the model models/a" if refused else "loaded") in one_line(capsys)
 
 
 @pytest.mark.parametrize(

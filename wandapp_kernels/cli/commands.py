@@ -40,6 +40,7 @@ from wandapp_kernels.runtime.swap import desparsify
 def prune(arguments: argparse.Namespace) -> None:
     """``wandapp prune MODEL --out DIR``"""
     check_target(arguments.out, arguments.force)
+    checks.spares(arguments.model, {"--out": arguments.out}, in_place=True)
     (chosen,) = settings(arguments, [arguments.method])
     device = checks.device(arguments.device)
     loaded = _load_dense(arguments)
@@ -111,6 +112,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     for folder in (arguments.out, arguments.save):
         if folder:
             check_target(folder, arguments.force)
+    checks.spares(arguments.model, {"--out": arguments.out, "--save": arguments.save})
     if arguments.out and arguments.save:
         checks.apart({"--out": arguments.out, "--save": arguments.save})
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
