@@ -58,7 +58,7 @@ def prune(
 
     Args:
         model: a Hugging Face causal language model; only the Linears of its decoder blocks are pruned.
-        calibration: int64 ``[samples, tokens]``, or what ``calibration_tokens`` returns.
+        calibration: integers ``[samples, tokens]``, or what ``calibration_tokens`` returns.
         method: a row of ``wandapp_kernels.pruning.methods.METHODS``.
         sparsity: ``"2:4"``, ``"4:8"``, any n:m (n of m kept) with m <= 16, or the fraction to remove of every row.
         seed: of the samples that the regional optimiser draws.
@@ -89,6 +89,7 @@ def prune(
     names = as_patterns(ignore)
     settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
     _check_tokens(model, ids)
+    ids = ids.long()
     check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
@@ -122,8 +123,10 @@ def save(
 
 
 def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
         raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
+    if ids.shape[1] < 2:
+        raise UsageError("calibration samples have 1 token, which predicts nothing; give longer ones")
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     vocabulary = getattr(embedding, "num_embeddings", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
