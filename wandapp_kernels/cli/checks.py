@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -103,9 +104,9 @@ def spares(model: str, folders: dict[str, Path | None], *, in_place: bool = Fals
     Args:
         in_place: the model's own folder may be written, which is done when it has been read for the last time.
     """
-    if model in BUNDLED or not Path(model).expanduser().is_dir():
+    home = Path(os.path.realpath(os.path.expanduser(model)))
+    if model in BUNDLED or not os.path.isdir(home):
         return
-    home = Path(model).expanduser().resolve()
     for option, folder in folders.items():
         target = folder.resolve() if folder is not None else None
         if target is not None and home.is_relative_to(target) and not (in_place and home == target):
