@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
+from wandapp_kernels.checkpoint import save
 from wandapp_kernels.cli import commands, main
 from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.load import load_model
@@ -173,6 +175,16 @@ def test_a_report_that_cannot_be_written_stops_before_any_work(
         monkeypatch.setattr(commands, work, lambda *_, **__: pytest.fail("work was done"))
     assert main([*command, "--json", str(tmp_path)]) == 1
     assert "is a folder; name a file to write to" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", [["prune", "glass-0.9m", "--out"], ["compare", "glass-0.9m", "--save"]])
+def test_a_full_disk_stops_before_any_pruning(
+    command: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(commands, "calibration_tokens", lambda *_, **__: pytest.fail("work was done"))
+    assert main([*command, str(tmp_path / "out")]) == 1
+    assert "needs 0.00 GB and its disk has 0.00 GB free" in one_line(capsys)
 
 
 def test_absent_models_and_texts_give_1(tmp_path: Path, capsys) -> None:
