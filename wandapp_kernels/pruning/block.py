@@ -268,7 +268,7 @@ class BlockPruner:
         reports = []
         for name, linear in self._linears.items():
             error = 0.0
-            if name in self._dense_outputs:  # an expert that the first batch never reached has no probe
+            if name in self._dense_outputs:  # an expert that no token reached has no probe
                 dense = self._dense_outputs[name]
                 difference = nn.functional.linear(self._probes[name], linear.weight.float()) - dense
                 error = float(difference.norm() / dense.norm().clamp_min(1e-30))

@@ -91,7 +91,7 @@ class InputRecorder:
             self._check_finite()
 
     def end_batch(self, sequences: int) -> None:
-        """Call after each forward. The first one is the probe: it also learns which layers share an input."""
+        """Call after each forward. The first one learns which layers share an input."""
         for statistics in self.statistics.values():
             statistics.sequences += sequences
         self._seen.clear()
@@ -104,12 +104,12 @@ class InputRecorder:
             x = arguments[0].detach()
             if self._probing:
                 leader = next((n for n, seen in self._seen if seen is arguments[0]), None)
-                rows = x.reshape(-1, x.shape[-1])[:PROBE_TOKENS].to(torch.float32, copy=True)
-                self.probes[name] = rows if leader is None else self.probes[leader]
                 if leader is not None:
-                    self._leaders[name] = leader
+                    self._leaders[name], self.probes[name] = leader, self.probes[leader]
                     return
                 self._seen.append((name, arguments[0]))
+            if name not in self.probes:  # an expert may get its first tokens long after the first batch
+                self.probes[name] = x.reshape(-1, x.shape[-1])[:PROBE_TOKENS].to(torch.float32, copy=True)
             self._accumulate(self.statistics[name], x.reshape(-1, x.shape[-1]))
 
         return record
