@@ -103,6 +103,8 @@ class BlockPruner:
         )
         self.statistics = recorder.statistics
         self._probes = recorder.probes
+        # In the order they ran, which need not be that of the modules; those that were not called come last.
+        self._linears = {name: self._linears[name] for name in (*self._probes, *self._linears)}
         self._dense_outputs = {
             name: nn.functional.linear(self._probes[name], linear.weight.float())
             for name, linear in self._linears.items()
