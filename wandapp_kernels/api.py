@@ -85,7 +85,7 @@ def prune(
             f"calibration is the text {calibration!r}, but must be token ids; data.calibration.calibration_tokens "
             "makes them from a text source"
         )
-    ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
+    ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration, device="cpu")
     names = as_patterns(ignore)
     settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
     _check_tokens(model, ids)

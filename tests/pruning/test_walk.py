@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from wandapp_kernels import api
 from wandapp_kernels.models.calls import BlockCalls
 from wandapp_kernels.pruning import walk
 from wandapp_kernels.pruning.methods import METHODS, build_settings
@@ -188,6 +189,29 @@ def test_another_seed_draws_other_samples() -> None:
     prune(first, "wanda++ro", seed=0)
     prune(second, "wanda++ro", seed=1)
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "gblm", "best"])
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_torchs_defaults_do_not_matter(method: str, default: str) -> None:
+    """A script that sets them for a model of its own has its statistics in fp32 all the same."""
+    changes = {"self_calibration": 60, "optimizer": FEW} if method == "best" else {}
+    results = []
+    for dtype, device in ((torch.float32, None), (torch.bfloat16, "meta")):
+        model = tiny_model("mixtral")
+        if default == "dtype":
+            torch.set_default_dtype(dtype)
+        else:
+            torch.set_default_device(device)
+        try:
+            report = api.prune(model, IDS, method, **changes)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        results.append((report.text_hash, matrices(model)))
+    assert results[0][0] == results[1][0]
+    for name, matrix in results[0][1].items():
+        assert torch.equal(results[1][1][name], matrix), name
 
 
 class _Watched(walk.BlockPruner):

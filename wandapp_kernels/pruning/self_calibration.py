@@ -47,7 +47,7 @@ def self_calibration(
     prompts = []
     for i in range(count):
         given = token_ids[i % samples]
-        start = int(torch.randint(1, max(length - width, 1) + 1, (), generator=generator))
+        start = int(torch.randint(1, max(length - width, 1) + 1, (), generator=generator, device="cpu"))
         prompts.append(torch.cat([given[:1], given[start : start + width - 1]]))
     whole: nn.Module = model
     home = next(whole.parameters()).device

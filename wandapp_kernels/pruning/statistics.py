@@ -64,7 +64,9 @@ class InputRecorder:
 
     def __init__(self, linears: Mapping[str, nn.Linear], *, gram: bool = False, x_norm: str = "sum"):
         self.statistics = {
-            name: LayerStatistics(torch.zeros(linear.in_features, device=linear.weight.device), x_norm=x_norm)
+            name: LayerStatistics(
+                torch.zeros(linear.in_features, dtype=torch.float32, device=linear.weight.device), x_norm=x_norm
+            )
             for name, linear in linears.items()
         }
         self.probes: dict[str, torch.Tensor] = {}
@@ -121,7 +123,7 @@ class InputRecorder:
             return
         rows = rows.float()
         if statistics.gram is None:
-            statistics.gram = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            statistics.gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
         with exact_products():
             statistics.gram.addmm_(rows.T, rows)
         statistics.sum_squares = statistics.gram.diagonal()
