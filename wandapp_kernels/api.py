@@ -14,7 +14,7 @@ from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import context_length, evaluate
-from wandapp_kernels.models.checks import require_module
+from wandapp_kernels.models.checks import refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
@@ -66,20 +66,21 @@ def prune(
         device: where a block is worked on; CUDA when there is one, else the CPU.
         progress: called with a ``Progress`` after each step.
         changes: to the method, see ``build_settings``: ``score``, ``update``, ``regional_optimizer``, ``preset``,
-            ``optimizer={...}``, ``alpha``, ``x_norm``, ``recompute_gradient``, ``sequential``.
+            ``optimizer={...}``, ``alpha``, ``x_norm``, ``recompute_gradient``, ``sequential``, ``self_calibration``.
 
     Returns:
         What was done to every layer, and what it cost.
 
     Raises:
         UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape, range or length, a swapped
-            model, something that is no module, an ``ignore`` that is no layer's name.
+            model, one with adapters, something that is no module, an ``ignore`` that is no layer's name.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
     """
     require_module(model)
     if any(sparse_layers(model)):
         raise UsageError("the model's layers are compressed and cannot be pruned; call desparsify(model) first")
+    refuse_adapters(model)
     if isinstance(calibration, str):
         raise UsageError(
             f"calibration is the text {calibration!r}, but must be token ids; data.calibration.calibration_tokens "

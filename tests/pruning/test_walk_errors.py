@@ -164,6 +164,15 @@ def test_tokens_may_be_any_integers(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_model_with_an_adapter_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, target_modules=["o_proj"])
+    model = peft.get_peft_model(llama(), config)
+    with pytest.raises(UsageError, match=r"layers\.0\.self_attn\.o_proj has an adapter, which would be pruned too"):
+        api.prune(model, IDS, "wanda")
+    api.prune(model.merge_and_unload(), IDS, "wanda")
+
+
 def test_a_name_to_ignore_must_be_a_layers() -> None:
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
