@@ -14,7 +14,7 @@ from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import context_length, evaluate
-from wandapp_kernels.models.checks import require_module
+from wandapp_kernels.models.checks import refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
@@ -58,7 +58,7 @@ def prune(
 
     Args:
         model: a Hugging Face causal language model; only the Linears of its decoder blocks are pruned.
-        calibration: int64 ``[samples, tokens]``, or what ``calibration_tokens`` returns.
+        calibration: integers ``[samples, tokens]``, or what ``calibration_tokens`` returns.
         method: a row of ``wandapp_kernels.pruning.methods.METHODS``.
         sparsity: ``"2:4"``, ``"4:8"``, any n:m (n of m kept) with m <= 16, or the fraction to remove of every row.
         seed: of the samples that the regional optimiser draws.
@@ -66,29 +66,31 @@ def prune(
         device: where a block is worked on; CUDA when there is one, else the CPU.
         progress: called with a ``Progress`` after each step.
         changes: to the method, see ``build_settings``: ``score``, ``update``, ``regional_optimizer``, ``preset``,
-            ``optimizer={...}``, ``alpha``, ``x_norm``, ``recompute_gradient``, ``sequential``.
+            ``optimizer={...}``, ``alpha``, ``x_norm``, ``recompute_gradient``, ``sequential``, ``self_calibration``.
 
     Returns:
         What was done to every layer, and what it cost.
 
     Raises:
         UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape, range or length, a swapped
-            model, something that is no module, an ``ignore`` that is no layer's name.
+            model, one with adapters, something that is no module, an ``ignore`` that is no layer's name.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
     """
     require_module(model)
     if any(sparse_layers(model)):
         raise UsageError("the model's layers are compressed and cannot be pruned; call desparsify(model) first")
+    refuse_adapters(model)
     if isinstance(calibration, str):
         raise UsageError(
             f"calibration is the text {calibration!r}, but must be token ids; data.calibration.calibration_tokens "
             "makes them from a text source"
         )
-    ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration)
+    ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration, device="cpu")
     names = as_patterns(ignore)
     settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
     _check_tokens(model, ids)
+    ids = ids.long()
     check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
@@ -122,8 +124,10 @@ def save(
 
 
 def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
         raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
+    if ids.shape[1] < 2:
+        raise UsageError("calibration samples have 1 token, which predicts nothing; give longer ones")
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     vocabulary = getattr(embedding, "num_embeddings", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:

@@ -364,6 +364,8 @@ def test_broken_json(sharded, name, content):
 def test_nothing_to_inspect(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         inspect_folder(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        inspect_folder("x" * 300)
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         inspect_folder(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
+from wandapp_kernels.checkpoint import save
 from wandapp_kernels.cli import commands, main
+from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.load import load_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("glassllm") is None, reason="glassllm is not installed")
@@ -48,6 +51,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--update", "none", "--method", "best", "--no-regional-optimizer", "--ro-norms"], "--ro-norms belongs to"),
         (["--relative-lr", "0.1", "--lr", "1e-9"], "--relative-lr and --lr both set the learning rate"),
         (["--relative-lr", "0.1", "--preset", "paper"], "--relative-lr and --preset both set the learning rate"),
+        (["--lr", "1e-9", "--preset", "paper"], "--lr and --preset both set the learning rate"),
         (["--rounds", "0"], "at least one round"),
         (["--relative-lr", "0"], "learning rate must be above 0"),
         (["--relative-lr", "nan"], "learning rate must be above 0"),
@@ -57,6 +61,9 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--method", "pruner-zero", "--alpha", "5"], "--alpha changes"),
         (["--method", "gblm", "--x-norm", "mean"], "--x-norm changes the criterion rgs only"),
         (["--method", "wanda++rgs", "--recompute-gradient"], "--recompute-gradient changes the criterion rgs with a"),
+        (["--method", "magnitude", "--sequential"], "--sequential changes criteria and updates that read a layer's"),
+        (["--method", "pruner-zero", "--sequential"], "--sequential changes"),
+        (["--method", "magnitude", "--self-calibration", "99"], "--self-calibration changes methods that read"),
         (["--seed", "99999999999999999999"], "--seed is 99999999999999999999, but must be"),
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--seqlen", "129"], "--seqlen is 129, but must be 2 to 128, the context of glass-0.9m"),
@@ -113,6 +120,30 @@ def test_a_report_and_a_model_that_would_replace_each_other(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["compare", "models/a", "--save", "models/a"], True),  # the next method would load what this one pruned
+        (["compare", "models/a", "--out", "models/../models"], True),
+        (["compare", "models/a", "--save", "models/b", "--out", "models/a/report"], False),
+        (["prune", "models/a", "--out", "models"], True),
+        (["prune", "models/a", "--out", "models/a"], False),
+        (["prune", "glass-0.9m", "--out", "models"], False),
+    ],
+)
+def test_the_model_is_not_replaced_while_it_is_read(
+    arguments: list[str], refused: bool, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ModelError("loaded")
+
+    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    assert main([*arguments, "--force"]) == (2 if refused else 1)
+    assert ("holds the model models/a" if refused else "loaded") in one_line(capsys)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],
@@ -144,6 +175,16 @@ def test_a_report_that_cannot_be_written_stops_before_any_work(
         monkeypatch.setattr(commands, work, lambda *_, **__: pytest.fail("work was done"))
     assert main([*command, "--json", str(tmp_path)]) == 1
     assert "is a folder; name a file to write to" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", [["prune", "glass-0.9m", "--out"], ["compare", "glass-0.9m", "--save"]])
+def test_a_full_disk_stops_before_any_pruning(
+    command: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(commands, "calibration_tokens", lambda *_, **__: pytest.fail("work was done"))
+    assert main([*command, str(tmp_path / "out")]) == 1
+    assert "needs 0.00 GB and its disk has 0.00 GB free" in one_line(capsys)
 
 
 def test_absent_models_and_texts_give_1(tmp_path: Path, capsys) -> None:

@@ -89,6 +89,15 @@ def test_seed_decides_the_windows(tokenizer, source):
     assert (first.source, first.split, first.seed) == (source, "calibration", 3)
 
 
+def test_token_ids_are_on_the_cpu_whatever_the_default_device_is(tokenizer, source):
+    expected = calibration_tokens(tokenizer, source, samples=3, seqlen=20)
+    with torch.device("meta"):
+        found = calibration_tokens(tokenizer, source, samples=3, seqlen=20)
+        stream, _ = evaluation_tokens(tokenizer, source, max_tokens=20)
+    assert torch.equal(found.ids, expected.ids) and found.text_hash == expected.text_hash
+    assert stream.device.type == "cpu"
+
+
 def test_more_samples_extend_the_same_stream(tokenizer, source):
     few, many = (calibration_tokens(tokenizer, source, samples=n, seqlen=32).ids for n in (3, 9))
     assert torch.equal(few, many[:3])

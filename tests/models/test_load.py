@@ -346,6 +346,7 @@ def test_names_that_are_no_model(tmp_path: Path, original: Path) -> None:
     refused(tmp_path / "absent", "there is no folder .*; give a local folder")
     refused("./absent", "there is no folder")
     refused("organisation/model/more", "there is no folder")
+    refused("./" + "x" * 300, "there is no folder")
     refused(original / "config.json", "is a file, not a model folder")
     refused(" ", "name is empty", UsageError)
     refused(original, "only meaningful for a model of the hub", UsageError, revision="main")

@@ -79,6 +79,7 @@ def test_the_models_own_generation_settings_and_mode_do_not_matter():
     expected = self_calibration(tiny_model("gpt2"), ids, 3, seed=0, device=CPU)
     model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).train()
     settings = {"max_new_tokens": 2, "repetition_penalty": 1.7, "top_k": 5, "temperature": 0.1, "num_beams": 2}
+    settings |= {"min_p": 0.5, "no_repeat_ngram_size": 1, "return_dict_in_generate": True}
     model.generation_config.update(**settings)
     assert torch.equal(self_calibration(model, ids, 3, seed=0, device=CPU), expected)
     assert model.training and model.transformer.h[0].attn.attn_dropout.training

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from wandapp_kernels import api
 from wandapp_kernels.models.calls import BlockCalls
 from wandapp_kernels.pruning import walk
 from wandapp_kernels.pruning.methods import METHODS, build_settings
@@ -190,6 +191,29 @@ def test_another_seed_draws_other_samples() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "gblm", "best"])
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_torchs_defaults_do_not_matter(method: str, default: str) -> None:
+    """A script that sets them for a model of its own has its statistics in fp32 all the same."""
+    changes = {"self_calibration": 60, "optimizer": FEW} if method == "best" else {}
+    results = []
+    for dtype, device in ((torch.float32, None), (torch.bfloat16, "meta")):
+        model = tiny_model("mixtral")
+        if default == "dtype":
+            torch.set_default_dtype(dtype)
+        else:
+            torch.set_default_device(device)
+        try:
+            report = api.prune(model, IDS, method, **changes)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        results.append((report.text_hash, matrices(model)))
+    assert results[0][0] == results[1][0]
+    for name, matrix in results[0][1].items():
+        assert torch.equal(results[1][1][name], matrix), name
+
+
 class _Watched(walk.BlockPruner):
     """Keeps every pruner of a run."""
 
@@ -306,3 +330,17 @@ def test_output_errors_are_those_of_the_pruned_model() -> None:
     dense_out = hidden @ dense.model.layers[0].self_attn.q_proj.weight.T
     difference = hidden @ model.model.layers[0].self_attn.q_proj.weight.T - dense_out
     assert q_proj.output_error == pytest.approx((difference.norm() / dense_out.norm()).item(), rel=1e-4)
+
+
+def test_a_smaller_last_batch_has_no_part_in_the_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(5, TOKENS)
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 2 * TOKENS)
+    model, dense = tiny_model("llama", num_hidden_layers=1), tiny_model("llama", num_hidden_layers=1)
+    report = walk.prune_blocks(model, ids, build_settings("wanda", "2:4"))
+    outputs = []
+    for net in (dense, model):
+        net.model.layers[0].register_forward_hook(lambda _m, _i, output: outputs.append(output))
+        with torch.no_grad():
+            net(ids[:2])
+    expected = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    assert report.blocks[0].output_error == pytest.approx(float(expected), rel=1e-4)

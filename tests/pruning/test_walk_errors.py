@@ -145,6 +145,8 @@ def test_a_wrong_ignore_pattern_is_reported_before_anything_is_pruned() -> None:
         (torch.rand(2, 8), "must be integer token ids"),
         (torch.ones(8, dtype=torch.long), "must be integer token ids"),
         (torch.ones(0, 8, dtype=torch.long), "must be integer token ids"),
+        (torch.ones(2, 8, dtype=torch.bool), "must be integer token ids"),
+        (torch.ones(2, 1, dtype=torch.long), "samples have 1 token"),
         (torch.full((1, 8), 128), "outside the vocabulary of 128"),
         (torch.full((1, 8), -1), "outside the vocabulary of 128"),
     ],
@@ -152,6 +154,23 @@ def test_a_wrong_ignore_pattern_is_reported_before_anything_is_pruned() -> None:
 def test_wrong_tokens_are_refused(ids: torch.Tensor, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         api.prune(llama(), ids, "wanda")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_tokens_may_be_any_integers(dtype: torch.dtype) -> None:
+    model, expected = llama(), llama()
+    report, wanted = api.prune(model, IDS.to(dtype).numpy(), "gblm"), api.prune(expected, IDS, "gblm")
+    assert report.text_hash == wanted.text_hash
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_model_with_an_adapter_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, target_modules=["o_proj"])
+    model = peft.get_peft_model(llama(), config)
+    with pytest.raises(UsageError, match=r"layers\.0\.self_attn\.o_proj has an adapter, which would be pruned too"):
+        api.prune(model, IDS, "wanda")
+    api.prune(model.merge_and_unload(), IDS, "wanda")
 
 
 def test_a_name_to_ignore_must_be_a_layers() -> None:

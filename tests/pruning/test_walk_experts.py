@@ -169,6 +169,15 @@ def test_the_note_of_an_earlier_round_is_dropped(monkeypatch: pytest.MonkeyPatch
     assert not any(".layers.0." in warning for warning in report.warnings)
 
 
+def test_an_expert_that_the_first_sample_does_not_reach_has_an_output_error_too() -> None:
+    """It is measured on the first tokens that the expert sees, whichever sample they are of."""
+    model = tiny_model("qwen3_moe", mlp_only_layers=[], num_experts=16)
+    report = walk.prune_blocks(model, token_ids(16, 12), build_settings("wanda++rgs", "2:4"))
+    seen = [layer for layer in layers_of(report).values() if layer.tokens]
+    assert len(seen) > 3 * (4 + 2 * 12)
+    assert all(0.01 < layer.output_error < 2 for layer in seen)
+
+
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_experts_are_ignored_as_one_module_or_one_by_one(arch: str) -> None:
     whole, one = moe(arch), moe(arch)

@@ -90,6 +90,19 @@ def test_sequential_takes_the_statistics_behind_the_linears_already_pruned(score
     assert O_PROJ in different(at_once, one_by_one)
 
 
+def test_sequential_follows_the_order_in_which_the_linears_run(scored: list[LayerStatistics]) -> None:
+    """Phi-3 names o_proj before the qkv_proj that it reads from."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model, dense = (
+        tiny_model("phi3", vocab_size=128, num_hidden_layers=1, pad_token_id=0, initializer_range=0.2, **sizes)
+        for _ in range(2)
+    )
+    walk.prune_blocks(model, IDS, build_settings("wanda", "2:4", sequential=True))
+    qkv = "model.layers.0.self_attn.qkv_proj.weight"
+    dense.get_parameter(qkv).data.copy_(model.get_parameter(qkv))
+    torch.testing.assert_close(scored[1].sum_squares, input_squares(dense, O_PROJ), rtol=1e-4, atol=1e-6)
+
+
 def test_sequential_works_with_repairs_gradients_and_the_optimizer() -> None:
     for method in ("sparsegpt", "wanda++rgs", "wanda++"):
         model, report = prune(method, sequential=True)

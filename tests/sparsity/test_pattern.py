@@ -32,6 +32,13 @@ def test_percentages_survive_printing(percent: int) -> None:
     assert Pattern.parse(str(pattern)) == pattern == Pattern.parse(percent / 100)
 
 
+@pytest.mark.parametrize("ratio", [0.6666666, 0.1234567, 1 / 3, 2 / 3, 5 / 7])
+def test_what_is_printed_asks_for_the_same_zeros(ratio: float) -> None:
+    pattern = Pattern(ratio)
+    read = Pattern.parse(str(pattern))
+    assert all(read.removed_per_row(columns) == pattern.removed_per_row(columns) for columns in range(1, 8192))
+
+
 def test_a_pattern_is_its_own_parse() -> None:
     pattern = Pattern.parse("2:4")
     assert Pattern.parse(pattern) is pattern

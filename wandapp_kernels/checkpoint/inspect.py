@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             outside the folder or contradicts its files.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
     config = read_json(folder / "config.json")
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None

@@ -59,7 +59,7 @@ def save_pruned(
             f"the model's weights are quantised ({quantizer.quantization_config.quant_method}) and cannot be saved as "
             "a pruned dense model; load it dequantised"
         )
-    check_disk_space(folder, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+    check_room_for(model, folder)
     with new_folder(folder, force=force) as partial:
         try:
             with plain_generation_config(model):
@@ -86,6 +86,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     except CheckpointError as error:
         warnings.warn(f"the record of how the model was pruned is left out: {error}", stacklevel=2)
         return {}
+
+
+def check_room_for(model: PreTrainedModel, folder: str | Path) -> None:
+    """Raise CheckpointError unless the disk of ``folder`` has room for the dense weights of ``model``."""
+    check_disk_space(folder, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
 
 
 def check_disk_space(folder: str | Path, needed: int) -> None:

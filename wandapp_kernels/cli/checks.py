@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from wandapp_kernels import dispatch
 from wandapp_kernels.backends import BACKENDS, DENSE, UNSTRUCTURED, load_backends
 from wandapp_kernels.checkpoint.atomic import check_file
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.models.bundled import BUNDLED
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -94,6 +96,21 @@ def apart(folders: dict[str, Path]) -> None:
     if here.is_relative_to(there) or there.is_relative_to(here):
         how = "the same folder" if here == there else "inside one another"
         raise UsageError(f"{first} {one} and {second} {other} are {how}, and each is replaced whole; name two folders")
+
+
+def spares(model: str, folders: dict[str, Path | None], *, in_place: bool = False) -> None:
+    """Refuse folders to write, by option, that hold the model's own, which would be gone.
+
+    Args:
+        in_place: the model's own folder may be written, which is done when it has been read for the last time.
+    """
+    home = Path(os.path.realpath(os.path.expanduser(model)))
+    if model in BUNDLED or not os.path.isdir(home):
+        return
+    for option, folder in folders.items():
+        target = folder.resolve() if folder is not None else None
+        if target is not None and home.is_relative_to(target) and not (in_place and home == target):
+            raise UsageError(f"{option} {folder} holds the model {model}, and is replaced whole; name another folder")
 
 
 def plot(path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from wandapp_kernels import api
 from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
 from wandapp_kernels.checkpoint.inspect import inspect_folder
-from wandapp_kernels.checkpoint.save import save_pruned, to_json
+from wandapp_kernels.checkpoint.save import check_room_for, save_pruned, to_json
 from wandapp_kernels.cli import checks
 from wandapp_kernels.cli.bars import ProgressDisplay
 from wandapp_kernels.cli.method_options import changes, settings
@@ -40,10 +40,12 @@ from wandapp_kernels.runtime.swap import desparsify
 def prune(arguments: argparse.Namespace) -> None:
     """``wandapp prune MODEL --out DIR``"""
     check_target(arguments.out, arguments.force)
+    checks.spares(arguments.model, {"--out": arguments.out}, in_place=True)
     (chosen,) = settings(arguments, [arguments.method])
     device = checks.device(arguments.device)
     loaded = _load_dense(arguments)
-    check_ignored(loaded.model, arguments.ignore)  # before calibration text is looked for
+    check_room_for(loaded.model, arguments.out)  # what is found out after pruning is found out too late
+    check_ignored(loaded.model, arguments.ignore)
     tokens = _calibration(arguments, loaded)
     display = ProgressDisplay(arguments.quiet)
     report = api.prune(
@@ -111,6 +113,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     for folder in (arguments.out, arguments.save):
         if folder:
             check_target(folder, arguments.force)
+    checks.spares(arguments.model, {"--out": arguments.out, "--save": arguments.save})
     if arguments.out and arguments.save:
         checks.apart({"--out": arguments.out, "--save": arguments.save})
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
@@ -119,6 +122,8 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     settings(arguments, methods)
     device = checks.device(arguments.device)
     loaded = _load(arguments)
+    if arguments.save:
+        check_room_for(loaded.model, arguments.save)
     check_ignored(loaded.model, arguments.ignore)
     tokens = _calibration(arguments, loaded)
     texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)

@@ -11,7 +11,13 @@ from wandapp_kernels.errors import UsageError
 from wandapp_kernels.pruning.criteria import CRITERIA
 from wandapp_kernels.pruning.methods import build_all
 from wandapp_kernels.pruning.settings import PruneSettings
-from wandapp_kernels.pruning.statistics import MODEL_GRADIENT_L1, MODEL_GRADIENT_L2, REGIONAL_GRADIENT
+from wandapp_kernels.pruning.statistics import (
+    GRAM,
+    MODEL_GRADIENT_L1,
+    MODEL_GRADIENT_L2,
+    NORM,
+    REGIONAL_GRADIENT,
+)
 
 _OPTIMIZER_FIELDS = {
     "rounds": "rounds",
@@ -54,9 +60,9 @@ def settings(arguments: argparse.Namespace, methods: Sequence[str]) -> list[Prun
         UsageError: an option is impossible, or none of the methods uses it.
     """
     checks.seed(arguments.seed)
-    if arguments.relative_lr is not None and (arguments.lr is not None or arguments.preset is not None):
-        other = "--lr" if arguments.lr is not None else "--preset"
-        raise UsageError(f"--relative-lr and {other} both set the learning rate; give one of them")
+    rates = [_option(name) for name in ("relative_lr", "lr", "preset") if getattr(arguments, name) is not None]
+    if len(rates) > 1:
+        raise UsageError(f"{' and '.join(rates[:2])} both set the learning rate; give one of them")
     changed = changes(arguments)
     plain = build_all(
         methods, arguments.sparsity, **{key: changed[key] for key in changed if key not in ("preset", "optimizer")}
@@ -74,6 +80,8 @@ def settings(arguments: argparse.Namespace, methods: Sequence[str]) -> list[Prun
         ("alpha", _weighs_gradients, "the criteria rgs and gblm"),
         ("x_norm", _adds_regional_gradients, "the criterion rgs"),
         ("recompute_gradient", _may_recompute, "the criterion rgs with a regional optimiser whose mask is regrow"),
+        ("sequential", _reads_inputs, "criteria and updates that read a layer's inputs"),
+        ("self_calibration", _reads_text, "methods that read calibration text"),
     ):
         if name in changed and not any(map(uses, found)):
             raise UsageError(f"{_option(name)} changes {where} only, which {named} does not use; leave it out")
@@ -97,3 +105,11 @@ def _adds_regional_gradients(chosen: PruneSettings) -> bool:
 def _may_recompute(chosen: PruneSettings) -> bool:
     optimizer = chosen.optimizer
     return _adds_regional_gradients(chosen) and optimizer is not None and optimizer.mask == "regrow"
+
+
+def _reads_inputs(chosen: PruneSettings) -> bool:
+    return chosen.update is not None or bool(CRITERIA[chosen.criterion].needs & {NORM, GRAM})
+
+
+def _reads_text(chosen: PruneSettings) -> bool:
+    return bool(CRITERIA[chosen.criterion].needs or chosen.update or chosen.optimizer)

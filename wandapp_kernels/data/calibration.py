@@ -37,7 +37,7 @@ class TokenSet:
 
 def token_hash(ids: torch.Tensor) -> str:
     """First 16 hex digits of the SHA-256 over ``ids`` as little-endian int64 followed by its shape, likewise."""
-    shape = torch.tensor(ids.shape, dtype=torch.int64)
+    shape = torch.tensor(ids.shape, dtype=torch.int64, device="cpu")
     data = b"".join(t.detach().cpu().contiguous().numpy().astype("<i8").tobytes() for t in (ids, shape))
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -99,9 +99,9 @@ def calibration_tokens(
             f"tokens, not {samples}; use fewer or shorter samples, or more text"
         )
 
-    ids = torch.tensor(stream[: samples * text_length], dtype=torch.int64).view(samples, text_length)
+    ids = torch.tensor(stream[: samples * text_length], dtype=torch.int64, device="cpu").view(samples, text_length)
     if bos_id is not None:
-        ids = torch.cat([torch.full((samples, 1), bos_id, dtype=torch.int64), ids], dim=1)
+        ids = torch.cat([ids.new_full((samples, 1), bos_id), ids], dim=1)
     return TokenSet(ids, token_hash(ids), source, split, seed)
 
 
@@ -128,7 +128,7 @@ def evaluation_tokens(
         ids = _encode(tokenizer, DOCUMENT_SEPARATOR.join(documents))
     if len(ids) < 2:
         raise TextError(f"the {split} split of text source {source!r} gives fewer than 2 tokens; give more text")
-    stream = torch.tensor(ids[:max_tokens], dtype=torch.int64)
+    stream = torch.tensor(ids[:max_tokens], dtype=torch.int64, device="cpu")
     return stream, token_hash(stream)
 
 

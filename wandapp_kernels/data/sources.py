@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -101,12 +102,14 @@ def _bucket(document: str) -> int:
 
 
 def _read_path(source: str) -> list[str]:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if not source.strip():
+        raise TextError(f"the text source is empty; use {', '.join(SOURCES)}, or the path of a file or folder")
+    if os.path.isdir(path):  # Path's own is_dir raises on a text that was given in place of its file's name
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READERS and p.is_file())
         if not files:
             raise TextError(f"the folder {source!r} holds no .txt or .jsonl file; put the text there or name a file")
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise TextError(
             f"there is no text source {source!r}; use {', '.join(SOURCES)}, or the path of a .txt file, a .jsonl file "
             "or a folder of them"

@@ -14,3 +14,16 @@ def require_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = "give its .model" if isinstance(getattr(model, "model", None), nn.Module) else "give a torch module"
         raise UsageError(f"the model is a {type(model).__name__}, which is no torch module; {hint}")
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise UsageError for a model with adapters, whose own matrices are Linears too; told by what peft's layers have.
+
+    Pruning would take weights out of the adapter, and score the base layer as if it ran alone.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+            raise UsageError(
+                f"{name} has an adapter, which would be pruned too; merge it (merge_and_unload), or prune the model "
+                "first and add it then"
+            )

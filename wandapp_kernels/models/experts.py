@@ -139,8 +139,8 @@ def _verify(experts: Any, replacement: LinearExperts, name: str) -> None:
     weight = replacement.get_parameter(f"0.{replacement.up}.weight")
     count, device, dtype = replacement.count, weight.device, weight.dtype
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2 * count, weight.shape[1], generator=generator).to(device, dtype)
-    weights = torch.rand(2 * count, 2, generator=generator).to(device, dtype)
+    hidden = torch.randn(2 * count, weight.shape[1], generator=generator, device="cpu").to(device, dtype)
+    weights = torch.rand(2 * count, 2, generator=generator, device="cpu").to(device, dtype)
     token = torch.arange(2 * count, device=device)
     index = torch.stack((token % count, (token + 1) % count), dim=1)
     if hasattr(experts, "config"):

@@ -122,10 +122,10 @@ def _local_folder(name: str) -> Path | None:
     """The folder of a bundled or local model; None when `name` can only be a hub id."""
     if name in BUNDLED:
         return bundled_folder(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # Path's own is_dir raises on a name that is too long for one
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{name} is a file, not a model folder; {_choices()}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise ModelError(f"there is no folder {name}; {_choices()}")

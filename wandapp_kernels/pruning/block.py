@@ -103,6 +103,8 @@ class BlockPruner:
         )
         self.statistics = recorder.statistics
         self._probes = recorder.probes
+        # In the order they ran, which need not be that of the modules; those that were not called come last.
+        self._linears = {name: self._linears[name] for name in (*self._probes, *self._linears)}
         self._dense_outputs = {
             name: nn.functional.linear(self._probes[name], linear.weight.float())
             for name, linear in self._linears.items()
@@ -156,7 +158,7 @@ class BlockPruner:
                 else:
                     output = self._forward(hidden, chosen)
                 recorder.end_batch(len(chosen))
-                if self._first_pass and len(self._first_outputs) * len(chosen) < self._batch:
+                if self._first_pass and sum(map(len, self._first_outputs)) < self._batch:
                     self._first_outputs.append(output.detach())
                 if outputs is not None:
                     outputs.put(chosen, output)
@@ -268,7 +270,7 @@ class BlockPruner:
         reports = []
         for name, linear in self._linears.items():
             error = 0.0
-            if name in self._dense_outputs:  # an expert that the first batch never reached has no probe
+            if name in self._dense_outputs:  # an expert that no token reached has no probe
                 dense = self._dense_outputs[name]
                 difference = nn.functional.linear(self._probes[name], linear.weight.float()) - dense
                 error = float(difference.norm() / dense.norm().clamp_min(1e-30))

@@ -31,7 +31,10 @@ class ModelGradients:
             {name: p for name, p in block.named_parameters() if p.dim() > 1} for block in decoder.blocks
         ]
         self._sums = [
-            {norm: {name: torch.zeros(p.shape) for name, p in parameters.items()} for norm in self._norms}
+            {
+                norm: {name: torch.zeros(p.shape, dtype=torch.float32, device="cpu") for name, p in parameters.items()}
+                for norm in self._norms
+            }
             for parameters in self._parameters
         ]
 

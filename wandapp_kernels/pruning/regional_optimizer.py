@@ -77,7 +77,8 @@ class RegionalOptimizer:
             for round_ in range(self._settings.rounds):
                 if self._latent is not None and 0 < round_ <= RECHOOSE_SHARE * self._settings.rounds:
                     self._latent.rechoose()
-                drawn = torch.randperm(self._count, generator=self._generator)[: self._samples].tolist()
+                order = torch.randperm(self._count, generator=self._generator, device="cpu")
+                drawn = order[: self._samples].tolist()
                 if self._settings.mask == "regrow":
                     masks = reprune(drawn)
                 if self._optimizer is None:

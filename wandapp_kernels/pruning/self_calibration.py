@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from wandapp_kernels.errors import ModelError, NonFiniteError
 from wandapp_kernels.models.bundled import quiet_transformers
 from wandapp_kernels.models.capture import evaluating
+from wandapp_kernels.models.generation_config import plain_generation_config
 
 # Tokens of the given text that a sample starts with: enough to set its subject, few enough to leave room.
 PROMPT_TOKENS = 16
@@ -46,7 +47,7 @@ def self_calibration(
     prompts = []
     for i in range(count):
         given = token_ids[i % samples]
-        start = int(torch.randint(1, max(length - width, 1) + 1, (), generator=generator))
+        start = int(torch.randint(1, max(length - width, 1) + 1, (), generator=generator, device="cpu"))
         prompts.append(torch.cat([given[:1], given[start : start + width - 1]]))
     whole: nn.Module = model
     home = next(whole.parameters()).device
@@ -66,20 +67,18 @@ def self_calibration(
 
 def _continue(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
     new = length - prompts.shape[1]
-    # every setting that a model's own generation_config may change is given
     settings: dict[str, Any] = {
         "do_sample": True,
-        "temperature": 1.0,
         "top_k": 0,
-        "top_p": 1.0,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
-        "min_new_tokens": new,
+        "min_new_tokens": new,  # none of them an end of text
         "max_new_tokens": new,
+        "eos_token_id": getattr(model.generation_config, "eos_token_id", None),
         "pad_token_id": 0,
     }
     try:
-        return model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
+        # transformers would take from the model's own settings what is not given: min_p, no_repeat_ngram_size, ...
+        with plain_generation_config(model):
+            return model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise

@@ -64,7 +64,9 @@ class InputRecorder:
 
     def __init__(self, linears: Mapping[str, nn.Linear], *, gram: bool = False, x_norm: str = "sum"):
         self.statistics = {
-            name: LayerStatistics(torch.zeros(linear.in_features, device=linear.weight.device), x_norm=x_norm)
+            name: LayerStatistics(
+                torch.zeros(linear.in_features, dtype=torch.float32, device=linear.weight.device), x_norm=x_norm
+            )
             for name, linear in linears.items()
         }
         self.probes: dict[str, torch.Tensor] = {}
@@ -91,7 +93,7 @@ class InputRecorder:
             self._check_finite()
 
     def end_batch(self, sequences: int) -> None:
-        """Call after each forward. The first one is the probe: it also learns which layers share an input."""
+        """Call after each forward. The first one learns which layers share an input."""
         for statistics in self.statistics.values():
             statistics.sequences += sequences
         self._seen.clear()
@@ -104,12 +106,12 @@ class InputRecorder:
             x = arguments[0].detach()
             if self._probing:
                 leader = next((n for n, seen in self._seen if seen is arguments[0]), None)
-                rows = x.reshape(-1, x.shape[-1])[:PROBE_TOKENS].to(torch.float32, copy=True)
-                self.probes[name] = rows if leader is None else self.probes[leader]
                 if leader is not None:
-                    self._leaders[name] = leader
+                    self._leaders[name], self.probes[name] = leader, self.probes[leader]
                     return
                 self._seen.append((name, arguments[0]))
+            if name not in self.probes:  # an expert may get its first tokens long after the first batch
+                self.probes[name] = x.reshape(-1, x.shape[-1])[:PROBE_TOKENS].to(torch.float32, copy=True)
             self._accumulate(self.statistics[name], x.reshape(-1, x.shape[-1]))
 
         return record
@@ -121,7 +123,7 @@ class InputRecorder:
             return
         rows = rows.float()
         if statistics.gram is None:
-            statistics.gram = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            statistics.gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
         with exact_products():
             statistics.gram.addmm_(rows.T, rows)
         statistics.sum_squares = statistics.gram.diagonal()

@@ -75,4 +75,5 @@ class Pattern:
         return nearest if math.isclose(exact, nearest, rel_tol=1e-12) else int(exact)
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.is_nm else f"{100 * self.ratio:g}%"
+        # 14 digits, not 6: what is recorded is read again, and a ratio that was rounded up asks for more zeros.
+        return f"{self.n}:{self.m}" if self.is_nm else f"{100 * self.ratio:.14g}%"

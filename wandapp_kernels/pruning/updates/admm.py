@@ -34,7 +34,7 @@ def admm(
     norm = statistics.gram.diagonal().sqrt()
     safe = torch.where(norm > 0, norm, torch.ones_like(norm))
     hessian = damped(statistics.gram / torch.outer(safe, safe), DAMPING)
-    identity = torch.eye(len(hessian), device=hessian.device)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian + RHO * identity))
     scaled = weight.float() * norm  # a dead channel's weights become 0
     target, solution, dual = scaled @ hessian, scaled.clone(), torch.zeros_like(scaled)
