@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_backends import remember
+from peft import LoraConfig, get_peft_model
 from pruned_models import pruned_linear, pruned_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
@@ -116,6 +117,18 @@ def test_what_a_swap_would_silence_stays() -> None:
     assert "hooks" in report.left_dense["0.0"] and "forward" in report.left_dense["1.0"]
     model[0](x).sum().backward()
     assert seen == ["backward"] and torch.equal(model[1](x), expected)
+
+
+def test_adapters_go_on_being_trained() -> None:
+    lora = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = get_peft_model(pruned_model("llama", ("2:4",)), lora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    report = sparsify(model)
+    assert len(report.swapped) == 21 and not any("lora" in layer.name for layer in report.swapped)
+    assert sum("adapter" in reason for reason in report.left_dense.values()) == 3 * 2 + 3
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    model(token_ids(1, 6), labels=token_ids(1, 6)).loss.backward()
+    assert model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight").grad.any()
 
 
 def test_a_named_pattern_is_used_where_it_holds() -> None:

@@ -27,6 +27,9 @@ from wandapp_kernels.sparsity import Pattern, satisfies
 # Below this share of zeros a bitmap would still save a little memory, but no kernel gains time.
 MIN_SPARSITY = 0.4
 
+# What PEFT's wrappers call the layer that they are put around; their other layers are what is trained.
+_WRAPPED = ("base_layer", "original_module")
+
 
 @dataclass(frozen=True)
 class SwappedLayer:
@@ -89,7 +92,8 @@ def sparsify(
     One layer at a time: its compressed weight is made, the layer replaced, and the dense weight freed before the next
     is looked at. Looked at are ``nn.Linear`` and transformers' ``Conv1D``. A layer stays dense, and the report says
     why, when its weight is shared with another module, breaks the pattern, has too few zeros, holds NaN or infinity, or
-    would take as many bytes compressed, or when it has hooks or a replaced ``forward``. Layers that are compressed
+    would take as many bytes compressed, when it has hooks or a replaced ``forward``, or is part of an adapter (PEFT),
+    of which LoRA's start as zeros. Layers that are compressed
     already stay as they are. Plain ``nn.Linear`` that stay dense become `DenseLinear`, with the same Parameters and the
     dense kernel that is fastest at few tokens. The model's config records what is compressed; nothing else in the model
     changes.
@@ -126,7 +130,7 @@ def sparsify(
             f"no linear layer of the model is chosen by {', '.join(as_patterns(targets))}; its last is {names[-1:]}"
         )
     check_ignored(model, as_patterns(ignore))
-    shared = _shared_weights(model)
+    shared, adapters = _shared_weights(model), _adapters(model)
     report = SwapReport()
     for name in names:
         # Only names are kept: a list of modules would keep every dense weight alive.
@@ -134,6 +138,8 @@ def sparsify(
         if isinstance(layer, SparseLinear):
             continue
         reason = "not among the targets" if name not in chosen else "ignored" if matches(name, ignore) else None
+        if name in adapters:
+            reason = "it is part of an adapter, which is trained"
         if name in shared:
             reason = f"its weight is shared with {shared[name]}"
         if reason is None:
@@ -202,6 +208,16 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
         for name in group
         if name.endswith(".weight")
     }
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    """Names of the layers that stand in a wrapper beside the layer it is put around."""
+    found = set()
+    for name, wrapper in model.named_modules():
+        if any(own in wrapper._modules for own in _WRAPPED):
+            inside = [own for own, _ in wrapper.named_modules() if own and own.partition(".")[0] not in _WRAPPED]
+            found |= {f"{name}.{own}".lstrip(".") for own in inside}
+    return found
 
 
 def _stacked(model: nn.Module, min_sparsity: float) -> dict[str, str]:
