@@ -30,6 +30,14 @@ def half(model: PreTrainedModel) -> PreTrainedModel:
     return model.to(torch.bfloat16)
 
 
+def half_of_a_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).to(torch.bfloat16)
+
+
+def half_of_a_copied_wrapper(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(get_peft_model(model, LORA)).unload().to(torch.bfloat16)
+
+
 def one_dense(model: PreTrainedModel) -> PreTrainedModel:
     model.set_submodule(DOWN, model.get_submodule(DOWN).to_linear())
     return model
@@ -47,7 +55,10 @@ def swapped_in_a_wrapper(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [half, one_dense, wrapped_and_unwrapped, swapped_in_a_wrapper])
+@pytest.mark.parametrize(
+    "change",
+    [half, half_of_a_copy, half_of_a_copied_wrapper, one_dense, wrapped_and_unwrapped, swapped_in_a_wrapper],
+)
 @pytest.mark.parametrize("source", ["load", "from_pretrained"])
 def test_what_is_changed_after_the_swap_is_written_as_it_is(
     change: Callable[[PreTrainedModel], PreTrainedModel], source: str, tmp_path: Path
@@ -78,10 +89,11 @@ def test_copies_and_what_outlives_the_model_say_what_was_true_last() -> None:
     entry.to_dict()["layers"].clear()
     assert entry.to_dict()["layers"] == layers and len(layers) == 21
     twin = copy.deepcopy(model)
-    config = pickle.loads(pickle.dumps(model.config))
-    assert type(config.quantization_config) is type(twin.config.quantization_config) is dict
+    for config in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
+        assert type(config.quantization_config) is dict
     one_dense(model)
-    assert DOWN not in entry.to_dict()["layers"] and DOWN in twin.config.quantization_config["layers"]
+    assert DOWN not in entry.to_dict()["layers"] and DOWN in config.quantization_config["layers"]
+    assert DOWN in twin.config.quantization_config.to_dict()["layers"]
     assert json.loads(model.config.to_json_string())["quantization_config"] == entry.to_dict()
     wk.desparsify(twin)
     assert not hasattr(twin.config, "quantization_config")
