@@ -119,6 +119,24 @@ def test_what_a_swap_would_silence_stays() -> None:
     assert seen == ["backward"] and torch.equal(model[1](x), expected)
 
 
+def test_what_was_put_on_a_sparse_layer_is_not_lost() -> None:
+    seen: list[str] = []
+    model = nn.Sequential(pruned_linear(), pruned_linear(16, 12))
+    sparsify(model)
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    gone = model[1].register_forward_pre_hook(lambda *_, **__: seen.append("gone"), with_kwargs=True)
+    model[1].register_full_backward_hook(lambda *_: seen.append("backward"))
+    desparsify(model)
+    gone.remove()
+    model(torch.randn(2, 16, requires_grad=True)).sum().backward()
+    assert seen == ["forward", "backward"] and not any(sparse_layers(model))
+    sparsify(model := nn.Sequential(pruned_linear(), pruned_linear(16, 12)))
+    model[1].forward = model[1].forward
+    with pytest.raises(ModelError, match=r"forward of 1 was replaced .*remove_hook_from_module"):
+        desparsify(model)
+    assert len(list(sparse_layers(model))) == 2
+
+
 def test_adapters_go_on_being_trained() -> None:
     lora = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["down_proj"])
     model = get_peft_model(pruned_model("llama", ("2:4",)), lora)

@@ -157,16 +157,32 @@ def sparsify(
 
 @torch.no_grad()
 def desparsify(model: nn.Module) -> list[str]:
-    """Give every `SparseLinear` of the model its dense layer back, in place; returns their names. -0.0 becomes +0.0."""
+    """Give every `SparseLinear` of the model its dense layer back, in place; returns their names. -0.0 becomes +0.0.
+
+    Hooks of a layer go on working; their handles remove them.
+
+    Raises:
+        UsageError: something that is no module.
+        ModelError: ``model`` itself is a `SparseLinear`; or the ``forward`` of a layer was replaced, which would be
+            lost. Nothing has been changed then.
+    """
     require_module(model)
-    names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    names = [name for name, _ in sparse_layers(model)]
     for name in names:
         if not name:
             raise ModelError("the model is a single SparseLinear; use its to_linear()")
+        if "forward" in model.get_submodule(name).__dict__:
+            raise ModelError(
+                f"the forward of {name} was replaced (as accelerate's hooks do) and would be lost; undo that first, "
+                "with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+    for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, SparseLinear)
-        model.set_submodule(name, layer.to_linear())
-        del layer
+        dense = layer.to_linear()
+        dense.__dict__.update({name: kept for name, kept in layer.__dict__.items() if "_hook" in name})
+        model.set_submodule(name, dense)
+        del layer, dense
     use_torch(model)
     record_layers(model)
     owner = owner_of(model)
