@@ -9,9 +9,10 @@ import pytest
 import torch
 from pruned_models import pruned_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import wandapp_kernels as wk
-from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.errors import CheckpointError, NonFiniteError
 from wandapp_kernels.runtime.folder import _weights_on_meta
 
 
@@ -95,3 +96,17 @@ def test_what_loading_would_refuse_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(NonFiniteError, match=rf"model\.{name}\.weight.*wider type"):
             wk.save(model, None, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_the_config_ties_to_another_one_is_not_dropped(tmp_path: Path) -> None:
+    model = pruned_model("llama", ("2:4",), tie_word_embeddings=True)
+    wk.sparsify(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "same")  # both are written
+    wk.load(tmp_path / "same")
+    with torch.no_grad():
+        model.lm_head.weight[3] += 1
+    model.save_pretrained(tmp_path / "other")
+    for load in (wk.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight .*embed_tokens\.weight, .*tie_word_embeddings"):
+            load(tmp_path / "other")
