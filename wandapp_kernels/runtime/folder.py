@@ -57,7 +57,7 @@ def load_compressed(
     """
     checkpoint = CompressedFolder(folder)
     config = type(config).from_dict({**config.to_dict(), "quantization_config": None})
-    with _weights_on_meta():
+    with torch.device("cpu"), _weights_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     for name in checkpoint.layers:
         drop_weight(model, name, checkpoint)
