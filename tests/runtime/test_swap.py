@@ -296,7 +296,7 @@ def test_prepare_measures_for_a_model_that_is_compressed_already(
     try:
         assert prepare(model).layers == "21 × 2:4" and not asked
         assert prepare(model, tune=True).layers == "15 × 2:4"
-        assert asked == {(32, 32), (16, 32), (48, 32), (32, 48)}
+        assert asked == {(32, 32), (16, 32), (48, 32), (32, 48), (128, 32)}  # the head too
         assert {layer.layout for _, layer in sparse_layers(model)} == {"nm"}
         assert not any(isinstance(block.mlp.gate_proj, SparseLinear) for block in model.model.layers)
         assert len(model.config.quantization_config.to_dict()["layers"]) == 15

@@ -18,7 +18,7 @@ from wandapp_kernels.models.checks import require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.names import as_patterns, matches
 from wandapp_kernels.runtime.choice import fastest_layout
-from wandapp_kernels.runtime.dense_linear import DenseLinear, use_dense_kernels, use_torch
+from wandapp_kernels.runtime.dense_linear import DenseLinear, tune_dense_kernels, use_dense_kernels, use_torch
 from wandapp_kernels.runtime.memory import release_free_memory
 from wandapp_kernels.runtime.recorded import owner_of, record_layers
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
@@ -104,8 +104,9 @@ def sparsify(
             ``"unstructured"``, is used for every layer that satisfies it.
         targets: only these layers (`models.names.matches`: full names, suffixes, ``re:`` patterns); None means all.
         ignore: never these.
-        tune: measure the kernels for every shape first (seconds to minutes, kept in the cache), take the layout of the
-            fastest, and leave a layer dense where the dense product is fastest at decode.
+        tune: measure the kernels for every shape (seconds to minutes, kept in the cache), take the layout of the
+            fastest, leave a layer dense where the dense product is fastest at decode, and run layers that stay dense,
+            the head too, with the dense product that is.
         min_sparsity: least fraction of zeros for ``"unstructured"``.
         layouts: ``"auto"`` packs each weight for the kernel that will run it; ``"canonical"`` leaves it as it is saved,
             and dense layers as they are: for writing a checkpoint.
@@ -150,6 +151,8 @@ def sparsify(
     report.left_dense.update(_stacked(model, min_sparsity))
     if layouts == "auto":
         use_dense_kernels(model)
+        if tune:
+            tune_dense_kernels(model)
     record_layers(model)
     release_free_memory()
     return report
