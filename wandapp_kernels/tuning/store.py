@@ -104,7 +104,7 @@ class Store:
             return {str(name): _measurement(entry) for name, entry in content["problems"].items()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever can be wrong with a file that others can write
             if warn:
                 what = f"{type(error).__name__}: {error}"
                 warnings.warn(f"the measurements in {self.path} are ignored ({what}); delete the file", stacklevel=4)
