@@ -176,6 +176,7 @@ def test_no_tune_measures_nothing(
         (["FOLDER", "--m", "1,x"], 2, "not a list of token counts"),
         (["FOLDER", "--m", "0"], 2, "not a list of token counts"),
         (["FOLDER", "--sparsity", "1.5"], 2, "not understood"),
+        (["FOLDER", "--again", "--no-tune"], 2, "leave one of them out"),
     ],
 )
 def test_wrong_usage(

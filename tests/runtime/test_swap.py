@@ -206,6 +206,8 @@ def test_wrong_requests() -> None:
         wk.prune(loaded.model, token_ids(1, 65))
     with pytest.raises(UsageError, match="'down_prj', is that of no linear layer"):
         sparsify(pruned_model("llama"), ignore="down_prj")
+    with pytest.raises(UsageError, match="leave one out"):
+        sparsify(pruned_model("llama"), tune=True, layouts="canonical")
     with pytest.raises(UsageError, match="give a torch module"):
         sparsify(None)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="from_linear"):

@@ -66,6 +66,8 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the shapes, measure, print what is chosen."""
+    if arguments.again and arguments.no_tune:
+        raise UsageError("--again measures anew and --no-tune measures nothing; leave one of them out")
     tokens = _tokens(arguments.m)
     checks.seconds(arguments.seconds)
     device = str(checks.device(arguments.device))

@@ -112,14 +112,16 @@ def sparsify(
             and dense layers as they are: for writing a checkpoint.
 
     Raises:
-        UsageError: an impossible pattern, ``min_sparsity`` or ``layouts``, ``targets`` that choose no layer, an
-            ``ignore`` that is no layer's name, or something that is no module.
+        UsageError: an impossible pattern, ``min_sparsity`` or ``layouts``, ``tune`` with ``layouts="canonical"``,
+            ``targets`` that choose no layer, an ``ignore`` that is no layer's name, or something that is no module.
         ModelError: ``model`` itself is a linear layer, so that there is nothing to hang the new one in.
     """
     if not 0 <= min_sparsity <= 1:
         raise UsageError(f"min_sparsity is {min_sparsity}, but must be a fraction of zeros from 0 to 1")
     if layouts not in ("auto", "canonical"):
         raise UsageError(f"layouts is {layouts!r}, but must be 'auto' or 'canonical'")
+    if tune and layouts == "canonical":
+        raise UsageError("tune=True chooses layouts, but layouts='canonical' leaves weights as saved; leave one out")
     wanted = pattern if pattern in ("auto", UNSTRUCTURED) else _nm(pattern)
     require_module(model)
     if isinstance(model, nn.Linear | Conv1D):
