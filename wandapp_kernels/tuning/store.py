@@ -19,10 +19,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from wandapp_kernels.backends.base import UNSTRUCTURED, Problem, token_bucket
+from wandapp_kernels.backends.problem import Problem, token_bucket
 from wandapp_kernels.cache import cache_dir
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.errors import CheckpointError
+from wandapp_kernels.sparsity.pattern import UNSTRUCTURED
 from wandapp_kernels.tuning.device import fingerprint
 
 FORMAT = 1
