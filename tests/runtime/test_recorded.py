@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import wandapp_kernels as wk
 from wandapp_kernels.checkpoint.compressed import is_compressed
+from wandapp_kernels.errors import ModelError
 from wandapp_kernels.runtime.recorded import CompressedLayers
 from wandapp_kernels.runtime.swap import sparse_layers
 
@@ -99,6 +100,20 @@ def test_copies_and_what_outlives_the_model_say_what_was_true_last() -> None:
     assert not hasattr(twin.config, "quantization_config")
     del model
     assert len(entry.to_dict()["layers"]) == 20 and is_compressed({"quantization_config": entry.to_dict()})
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_adapters_are_not_written_where_nothing_reads_them(swapped: bool, tmp_path: Path) -> None:
+    model = pruned_model("llama", ("2:4",))
+    if swapped:
+        wk.sparsify(model)
+    wrapper = get_peft_model(model, LORA)
+    for one in (wrapper, model):
+        with pytest.raises(ModelError, match=r"has adapters \(at .*q_proj.*unload"):
+            wk.save(one, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    wk.save(wrapper.unload(), None, tmp_path / "out")
+    wk.load(tmp_path / "out")
 
 
 def test_a_wrapped_model_is_made_dense(tmp_path: Path) -> None:

@@ -206,6 +206,13 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
             yield name, module
 
 
+def adapter_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of everything that an adapter (PEFT) has put around a layer."""
+    for name, module in model.named_modules():
+        if any(own in module._modules for own in _WRAPPED):
+            yield name, module
+
+
 def _nm(pattern: str | Pattern) -> Pattern:
     parsed = Pattern.parse(pattern)
     if not parsed.is_nm:
@@ -232,13 +239,13 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
 
 
 def _adapters(model: nn.Module) -> set[str]:
-    """Names of the layers that stand in a wrapper beside the layer it is put around."""
-    found = set()
-    for name, wrapper in model.named_modules():
-        if any(own in wrapper._modules for own in _WRAPPED):
-            inside = [own for own, _ in wrapper.named_modules() if own and own.partition(".")[0] not in _WRAPPED]
-            found |= {f"{name}.{own}".lstrip(".") for own in inside}
-    return found
+    """Names of the layers of adapters."""
+    return {
+        f"{name}.{own}".lstrip(".")
+        for name, wrapper in adapter_wrappers(model)
+        for own, _ in wrapper.named_modules()
+        if own and own.partition(".")[0] not in _WRAPPED
+    }
 
 
 def _stacked(model: nn.Module, min_sparsity: float) -> dict[str, str]:
