@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from fake_backends import remember
@@ -214,6 +215,15 @@ def test_wrong_requests() -> None:
         sparsify(pruned_linear())
     with pytest.raises(ModelError, match="to_linear"):
         desparsify(SparseLinear.from_linear(pruned_linear()))
+
+
+def test_canonical_layers_can_be_offloaded() -> None:
+    model = pruned_model("llama")
+    sparsify(model, layouts="canonical")
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(logits(model), expected)
 
 
 def test_tied_weights_are_left_alone() -> None:
