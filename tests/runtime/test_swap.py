@@ -23,6 +23,7 @@ from wandapp_kernels import dispatch
 from wandapp_kernels.backends import Problem
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.models.load import LoadedModel
+from wandapp_kernels.ops.layouts import CANONICAL
 from wandapp_kernels.runtime import SparseLinear, desparsify, sparsify
 from wandapp_kernels.runtime.prepare import prepare
 from wandapp_kernels.runtime.swap import sparse_layers
@@ -275,6 +276,25 @@ def test_what_save_pretrained_writes_of_a_swapped_model_can_be_loaded(tmp_path) 
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_that_are_compressed_already_are_packed_for_where_they_are() -> None:
+    model = pruned_model("llama")
+
+    def layouts() -> dict[str, str]:
+        return {name: layer.layout for name, layer in sparse_layers(model)}
+
+    sparsify(model)
+    expected, packed = logits(model), layouts()
+    canonical = {name: CANONICAL[layer._operator] for name, layer in sparse_layers(model)}
+    sparsify(model, layouts="canonical", ignore="q_proj")
+    assert layouts() == {name: (packed if "q_proj" in name else canonical)[name] for name in packed}
+    model.double().float()  # kernels take no fp64
+    assert layouts() == canonical
+    sparsify(model, targets="up_proj")
+    assert layouts() == {name: (packed if "up_proj" in name else canonical)[name] for name in packed}
+    assert not sparsify(model).swapped and layouts() == packed
+    assert torch.equal(logits(model), expected)
+
+
 def test_prepare_swaps_for_a_family_of_backends() -> None:
     model = pruned_model("llama", ("2:4",))
     expected = logits(model)
@@ -307,6 +327,8 @@ def test_prepare_measures_for_a_model_that_is_compressed_already(
     dispatch.forget()
     try:
         assert prepare(model).layers == "21 × 2:4" and not asked
+        left = sparsify(model, tune=True).left_dense
+        assert sum(reason == "the dense product is faster here" for reason in left.values()) == 6
         assert prepare(model, tune=True).layers == "15 × 2:4"
         assert asked == {(32, 32), (16, 32), (48, 32), (32, 48), (128, 32)}  # the head too
         assert {layer.layout for _, layer in sparse_layers(model)} == {"nm"}

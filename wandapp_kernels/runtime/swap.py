@@ -17,6 +17,7 @@ from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, Us
 from wandapp_kernels.models.checks import require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.names import as_patterns, matches
+from wandapp_kernels.ops.layouts import CANONICAL
 from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.runtime.dense_linear import DenseLinear, tune_dense_kernels, use_dense_kernels, use_torch
 from wandapp_kernels.runtime.memory import release_free_memory
@@ -26,6 +27,8 @@ from wandapp_kernels.sparsity import Pattern, satisfies
 
 # Below this share of zeros a bitmap would still save a little memory, but no kernel gains time.
 MIN_SPARSITY = 0.4
+
+_DENSE_IS_FASTER = "the dense product is faster here"
 
 # What PEFT's wrappers call the layer that they are put around; their other layers are what is trained.
 _WRAPPED = ("base_layer", "original_module")
@@ -93,10 +96,10 @@ def sparsify(
     is looked at. Looked at are ``nn.Linear`` and transformers' ``Conv1D``. A layer stays dense, and the report says
     why, when its weight is shared with another module, breaks the pattern, has too few zeros, holds NaN or infinity, or
     would take as many bytes compressed, when it has hooks or a replaced ``forward``, or is part of an adapter (PEFT),
-    of which LoRA's start as zeros. Layers that are compressed
-    already stay as they are. Plain ``nn.Linear`` that stay dense become `DenseLinear`, with the same Parameters and the
-    dense kernel that is fastest at few tokens. The model's config records what is compressed; nothing else in the model
-    changes.
+    of which LoRA's start as zeros. Layers that are compressed already keep their form, and are packed (and, with
+    ``tune``, measured) for the device they are on now. Plain ``nn.Linear`` that stay dense become `DenseLinear`, with
+    the same Parameters and the dense kernel that is fastest at few tokens. The model's config records what is
+    compressed; nothing else in the model changes.
 
     Args:
         model: any module; on any device.
@@ -139,6 +142,8 @@ def sparsify(
         # Only names are kept: a list of modules would keep every dense weight alive.
         layer = model.get_submodule(name)
         if isinstance(layer, SparseLinear):
+            if name in chosen and not matches(name, ignore):
+                _pack(model, name, layer, tune, layouts, report)
             continue
         reason = "not among the targets" if name not in chosen else "ignored" if matches(name, ignore) else None
         if name in adapters:
@@ -184,10 +189,8 @@ def desparsify(model: nn.Module) -> list[str]:
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, SparseLinear)
-        dense = layer.to_linear()
-        dense.__dict__.update({name: kept for name, kept in layer.__dict__.items() if "_hook" in name})
-        model.set_submodule(name, dense)
-        del layer, dense
+        _make_dense(model, name, layer)
+        del layer
     use_torch(model)
     record_layers(model)
     owner = owner_of(model)
@@ -296,13 +299,34 @@ def _swap(
     if layouts == "auto":
         layout = fastest_layout(sparse.compressed(), tune=tune)
         if layout == DENSE:
-            return "the dense product is faster here"
+            return _DENSE_IS_FASTER
         sparse.set_layout(layout)
     model.set_submodule(name, sparse)
     report.swapped.append(
         SwappedLayer(name, sparse.shape, form, sparse.layout, 1 - kept / max(dense.numel(), 1), size, sparse.nbytes)
     )
     return None
+
+
+def _pack(model: nn.Module, name: str, layer: SparseLinear, tune: bool, layouts: str, report: SwapReport) -> None:
+    """Hold a layer that is compressed already as one that is swapped now would be."""
+    if layer._tensors()[0].is_meta:  # offloaded
+        return
+    if layouts == "canonical":
+        layer.set_layout(CANONICAL[layer._operator])
+        return
+    layout = fastest_layout(layer.compressed(), tune=tune)
+    if layout != DENSE:
+        layer.set_layout(layout)
+    elif "forward" not in layer.__dict__:  # which would be lost
+        _make_dense(model, name, layer)
+        report.left_dense[name] = _DENSE_IS_FASTER
+
+
+def _make_dense(model: nn.Module, name: str, layer: SparseLinear) -> None:
+    dense = layer.to_linear()
+    dense.__dict__.update({name: kept for name, kept in layer.__dict__.items() if "_hook" in name})
+    model.set_submodule(name, dense)
 
 
 def _form(mask: torch.Tensor, pattern: str, element_size: int, min_sparsity: float) -> tuple[str, str | None]:
