@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
-from wandapp_kernels.errors import UsageError
+from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.perplexity import context_length, evaluate
 from wandapp_kernels.models.checks import refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
@@ -24,7 +24,7 @@ from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import Progress, prune_blocks
 from wandapp_kernels.runtime.folder import save_compressed
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
-from wandapp_kernels.runtime.swap import SwapReport, desparsify, sparse_layers, sparsify
+from wandapp_kernels.runtime.swap import SwapReport, adapter_wrappers, desparsify, sparse_layers, sparsify
 from wandapp_kernels.runtime.swiglu import swiglu
 from wandapp_kernels.sparsity import Pattern
 
@@ -115,9 +115,16 @@ def save(
 
     Raises:
         CheckpointError: the folder is not empty and ``force`` is not set, or the disk is full.
+        ModelError: the model has adapters (PEFT).
         NonFiniteError: a swapped model holds NaN or infinity.
     """
     require_module(model)
+    wrapped = next((name for name, _ in adapter_wrappers(model)), None)
+    if wrapped is not None:
+        raise ModelError(
+            f"the model has adapters (at {wrapped}, for one), which a model folder cannot hold: merge them "
+            "(desparsify(model), merge_and_unload()), or save them on their own and take them off (unload())"
+        )
     write = save_compressed if any(sparse_layers(model)) else save_pruned
     record = report.to_dict() if isinstance(report, PruneReport) else dict(report or {})
     write(model, tokenizer, Path(folder), record, force=force)

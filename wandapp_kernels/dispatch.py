@@ -29,12 +29,12 @@ from wandapp_kernels.backends import (
     UnusableError,
     backends_of,
     choices_changed,
-    density_bucket,
     epoch,
     layouts_of,
     load_backends,
     token_bucket,
 )
+from wandapp_kernels.backends import problem_for as problem_for
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CANONICAL, get_layout
 from wandapp_kernels.ops.running import Weight, parse_pattern, set_runner, set_together_runner
@@ -49,44 +49,6 @@ _calls: dict[tuple[Any, ...], list[Call]] = {}
 _MOST_CALLS = 1 << 14
 _frozen = False
 _family: str | None = None
-
-
-def problem_for(
-    out_features: int,
-    in_features: int,
-    pattern: str,
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    density: float | None = None,
-) -> Problem:
-    """The problem of one linear, as it would run in this process now.
-
-    Args:
-        out_features: N.
-        in_features: K.
-        pattern: n:m; ``"unstructured"``, with ``density``; or ``"dense"`` for a weight that stays dense.
-        tokens: M.
-        dtype: of activation and weight.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:0"``.
-        density: the fraction kept; n:m and dense weights have their own.
-    """
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    if pattern == DENSE:
-        operator, density = DENSE_OPERATOR, 1.0
-    elif pattern == UNSTRUCTURED:
-        operator = "bitmap_linear"
-    else:
-        operator, parsed = "nm_linear", parse_pattern(pattern)
-        density = parsed.n / parsed.m if parsed is not None and parsed.is_nm else None
-    if density is None:
-        raise UsageError(f"a problem with the pattern {pattern!r} needs a density (or n:m, such as 2:4)")
-    threads = torch.get_num_threads() if place.type == "cpu" else 0
-    return Problem(
-        operator, tokens, out_features, in_features, pattern, density_bucket(density), dtype, str(place), threads
-    )
 
 
 def choose(problem: Problem, layout: str) -> Backend:

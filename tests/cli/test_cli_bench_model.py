@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from fake_backends import remember
 from pruned_models import pruned_model
 from tiny_models import tiny_model
 
+from wandapp_kernels import dispatch
+from wandapp_kernels.backends import Problem
 from wandapp_kernels.cli import bench_model, main
 from wandapp_kernels.report.page import write_report
 from wandapp_kernels.report.runtime import speed_rows
@@ -84,6 +88,28 @@ def test_memory_is_measured_in_a_process_of_its_own(folder: Path) -> None:
     assert used.before > 50e6 and 0 < used.load_peak < 100e6
 
 
+def test_with_tune_memory_is_that_of_what_the_measurements_choose(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDAPP_CACHE", str(tmp_path / "cache"))
+
+    def tune(problems: Iterable[Problem]) -> None:
+        """Dense wins everywhere."""
+        for problem in problems:
+            remember(problem, {"dense": 1.0, "decompress-nm": 2.0})
+
+    monkeypatch.setattr(dispatch, "tune", tune)
+    dispatch.forget()
+    options = ["--prompts", "4", "--batch", "1", "--new-tokens", "2", "--rounds", "1", "--quiet", "--tune"]
+    try:
+        assert main(["bench", "model", str(folder), *options, "--json", str(tmp_path / "found.json")]) == 0
+    finally:
+        dispatch.forget()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["layers"]["sparse float32"] == "no layer is sparse"
+    assert found["memory"]["sparse float32"]["weights"] == found["memory"]["dense float32"]["weights"]
+
+
 def test_on_a_gpu_every_form_goes_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     gpu, real, asked = torch.device("cuda:0"), bench_model.prepare, []
 
@@ -91,7 +117,8 @@ def test_on_a_gpu_every_form_goes_there(folder: Path, tmp_path: Path, monkeypatc
         asked.append((backend, device))
         return real(model, backend, tune=tune)
 
-    def measured(_folder, backend, *_arguments):
+    def measured(_folder, backend, *_arguments, tune):
+        assert not tune
         asked.append((f"memory of {backend}", _arguments[-1]))
         return MemoryUse(0, 1, 2, 3, 4)
 
@@ -121,6 +148,7 @@ def test_wrong_requests(folder: Path, tmp_path: Path, capsys) -> None:
     for options, code, message in (
         ([], 2, "either a model or --random"),
         ([str(folder), "--random", "llama-tiny"], 2, "either a model or --random"),
+        ([str(folder), "--sparsity", "4:8"], 2, "--sparsity is for --random"),
         ([str(folder), "--prompts", "4,x"], 2, "--prompts is"),
         ([str(folder), "--batch", "0"], 2, "--batch is"),
         ([str(folder), "--rounds", "0"], 2, "--rounds at least 1"),

@@ -123,6 +123,7 @@ def test_wrong_requests(folders: dict[str, Path], tmp_path: Path, capsys) -> Non
         (["--prompt", "The king", "--max-new-tokens", "0"], 2, "must be 1"),
         (["--prompt", "The king", "--max-new-tokens", "500"], 2, "must be 1 to 125"),
         (["--prompt", "The king", "--cache", "dynamic", "--compile"], 2, "needs a cache of fixed size"),
+        (["--prompt", "The king", "--backend", "dense", "--tune"], 2, "leave one of them out"),
     ):
         assert main(["generate", folder, *options]) == code
         assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ from wandapp_kernels.cli import main
 from wandapp_kernels.cli.tune import LayerKind, layer_kinds
 from wandapp_kernels.errors import ModelError
 from wandapp_kernels.runtime.folder import save_compressed
-from wandapp_kernels.runtime.swap import sparsify
+from wandapp_kernels.runtime.swap import desparsify, sparsify
 from wandapp_kernels.sparsity import Pattern, mask_from_scores
 from wandapp_kernels.tuning import measure
 
@@ -75,6 +75,8 @@ def test_a_dense_layer_of_a_sparse_model_stays_dense(tmp_path: Path) -> None:
         LayerKind(32, 48, "dense", 100, "float32"): 1,
     }
     assert layer_kinds(tmp_path / "mixed") == wanted
+    assert main(["convert", str(tmp_path / "mixed"), str(tmp_path / "small")]) == 0
+    assert layer_kinds(tmp_path / "small") == wanted
     taken = kinds_of("2:4", 50) | {
         LayerKind(32, 48, "2:4", 50, "float32"): 2,
         LayerKind(32, 48, "unstructured", 40, "float32"): 1,
@@ -103,14 +105,16 @@ def test_types_have_short_names(folder: Path, capsys) -> None:
         assert f" {layers} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sparsity", ["2:4", "60%"])
-def test_compressed_folders_are_read_too(tmp_path: Path, sparsity: str) -> None:
+@pytest.mark.parametrize(("sparsity", "form", "density"), [("2:4", "2:4", 50), ("60%", "unstructured", 40)])
+def test_compressed_folders_are_read_too(tmp_path: Path, sparsity: str, form: str, density: int) -> None:
     model = pruned(sparsity)
     sparsify(model)
     save_compressed(model, None, tmp_path / "compressed", {})
-    assert layer_kinds(tmp_path / "compressed") == (
-        kinds_of("2:4", 50) if sparsity == "2:4" else kinds_of("unstructured", 40)
-    )
+    assert layer_kinds(tmp_path / "compressed") == kinds_of(form, density)
+    desparsify(model)
+    sparsify(model, "unstructured")  # also where another form would be smaller
+    save_compressed(model, None, tmp_path / "bitmap", {})
+    assert layer_kinds(tmp_path / "bitmap") == kinds_of("unstructured", density)
 
 
 def test_a_folder_without_linears_is_refused(tmp_path: Path) -> None:
@@ -172,6 +176,7 @@ def test_no_tune_measures_nothing(
         (["FOLDER", "--m", "1,x"], 2, "not a list of token counts"),
         (["FOLDER", "--m", "0"], 2, "not a list of token counts"),
         (["FOLDER", "--sparsity", "1.5"], 2, "not understood"),
+        (["FOLDER", "--again", "--no-tune"], 2, "leave one of them out"),
     ],
 )
 def test_wrong_usage(

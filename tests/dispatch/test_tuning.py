@@ -238,6 +238,8 @@ DAMAGED = {
     "no problems": lambda content: json.dumps({name: content[name] for name in ("format", "fingerprint")}),
     "negative time": lambda content: json.dumps(content).replace("2.0", "-2.0"),
     "not a number": lambda content: json.dumps(content).replace("2.0", "NaN"),
+    "too large a number": lambda content: json.dumps(content).replace("2.0", "1" + "0" * 400),
+    "too deep": lambda content: "[" * 100_000,
     "no times": lambda content: json.dumps(content).replace('{"dense": 2.0, "a-nm": 1.0}', "{}"),
 }
 

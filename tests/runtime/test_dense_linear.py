@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
+from fake_backends import Fake, remember
 from tiny_models import tiny_model, token_ids
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from wandapp_kernels.backends import BACKENDS, DENSE, Backend, load_backends
+from wandapp_kernels import dispatch
+from wandapp_kernels.backends import BACKENDS, DENSE, Backend, Problem, load_backends
 from wandapp_kernels.runtime import dense_linear, desparsify, sparsify
 from wandapp_kernels.runtime.dense_linear import DenseLinear, use_dense_kernels, use_torch
 
@@ -68,6 +71,32 @@ def test_fp32_keeps_torch_unless_measured(doubling: None, monkeypatch: pytest.Mo
         layer.forget_calls()
         monkeypatch.setattr(dense_linear.dispatch, "choose_dense", lambda problem: BACKENDS["test-doubling"])
         assert torch.equal(model(x), 2 * expected)
+
+
+def test_tuning_measures_what_stays_dense(doubling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, asked = Fake("test-right", DENSE, reason=None), []
+    monkeypatch.delitem(BACKENDS, "test-doubling")
+    monkeypatch.setitem(BACKENDS, fake.name, fake)
+
+    def tune(problems: Iterable[Problem]) -> None:
+        for problem in problems:
+            asked.append(problem)
+            remember(problem, {DENSE: 2.0, fake.name: 1.0})
+
+    monkeypatch.setattr(dispatch, "tune", tune)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)).requires_grad_(False)
+    sparsify(model)
+    model(torch.randn(1, 8))
+    assert not asked and not fake.calls
+    sparsify(model, tune=True)
+    assert {(p.operator, p.out_features, p.in_features) for p in asked} == {("linear", 6, 8), ("linear", 8, 6)}
+    assert {p.tokens for p in asked} == {1, 4, 16, 256}
+    model(torch.randn(3, 8))
+    assert fake.calls == [3, 3]
+    monkeypatch.delitem(BACKENDS, fake.name)  # nothing to choose from: nothing to measure
+    asked.clear()
+    sparsify(model, tune=True)
+    assert not asked
 
 
 def test_the_swap_and_back() -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from pruned_models import pruned_model
+from tiny_models import token_ids
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import wandapp_kernels as wk
-from wandapp_kernels.errors import NonFiniteError
+from wandapp_kernels.errors import CheckpointError, NonFiniteError
 from wandapp_kernels.runtime.folder import _weights_on_meta
 
 
@@ -95,3 +97,32 @@ def test_what_loading_would_refuse_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(NonFiniteError, match=rf"model\.{name}\.weight.*wider type"):
             wk.save(model, None, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_the_config_ties_to_another_one_is_not_dropped(tmp_path: Path) -> None:
+    model = pruned_model("llama", ("2:4",), tie_word_embeddings=True)
+    wk.sparsify(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "same")  # both are written
+    wk.load(tmp_path / "same")
+    with torch.no_grad():
+        model.lm_head.weight[3] += 1
+    model.save_pretrained(tmp_path / "other")
+    for load in (wk.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight .*embed_tokens\.weight, .*tie_word_embeddings"):
+            load(tmp_path / "other")
+
+
+@torch.no_grad()
+def test_the_default_device_and_type_change_nothing(tmp_path: Path) -> None:
+    model, ids = pruned_model("llama", ("2:4", "60%")), token_ids(1, 5)
+    wk.sparsify(model)
+    wk.save(model, None, tmp_path / "small")
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = wk.load(tmp_path / "small").model
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)

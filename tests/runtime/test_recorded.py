@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import wandapp_kernels as wk
 from wandapp_kernels.checkpoint.compressed import is_compressed
+from wandapp_kernels.errors import ModelError
 from wandapp_kernels.runtime.recorded import CompressedLayers
 from wandapp_kernels.runtime.swap import sparse_layers
 
@@ -28,6 +29,14 @@ LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 def half(model: PreTrainedModel) -> PreTrainedModel:
     return model.to(torch.bfloat16)
+
+
+def half_of_a_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).to(torch.bfloat16)
+
+
+def half_of_a_copied_wrapper(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(get_peft_model(model, LORA)).unload().to(torch.bfloat16)
 
 
 def one_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -47,7 +56,10 @@ def swapped_in_a_wrapper(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [half, one_dense, wrapped_and_unwrapped, swapped_in_a_wrapper])
+@pytest.mark.parametrize(
+    "change",
+    [half, half_of_a_copy, half_of_a_copied_wrapper, one_dense, wrapped_and_unwrapped, swapped_in_a_wrapper],
+)
 @pytest.mark.parametrize("source", ["load", "from_pretrained"])
 def test_what_is_changed_after_the_swap_is_written_as_it_is(
     change: Callable[[PreTrainedModel], PreTrainedModel], source: str, tmp_path: Path
@@ -78,15 +90,30 @@ def test_copies_and_what_outlives_the_model_say_what_was_true_last() -> None:
     entry.to_dict()["layers"].clear()
     assert entry.to_dict()["layers"] == layers and len(layers) == 21
     twin = copy.deepcopy(model)
-    config = pickle.loads(pickle.dumps(model.config))
-    assert type(config.quantization_config) is type(twin.config.quantization_config) is dict
+    for config in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
+        assert type(config.quantization_config) is dict
     one_dense(model)
-    assert DOWN not in entry.to_dict()["layers"] and DOWN in twin.config.quantization_config["layers"]
+    assert DOWN not in entry.to_dict()["layers"] and DOWN in config.quantization_config["layers"]
+    assert DOWN in twin.config.quantization_config.to_dict()["layers"]
     assert json.loads(model.config.to_json_string())["quantization_config"] == entry.to_dict()
     wk.desparsify(twin)
     assert not hasattr(twin.config, "quantization_config")
     del model
     assert len(entry.to_dict()["layers"]) == 20 and is_compressed({"quantization_config": entry.to_dict()})
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_adapters_are_not_written_where_nothing_reads_them(swapped: bool, tmp_path: Path) -> None:
+    model = pruned_model("llama", ("2:4",))
+    if swapped:
+        wk.sparsify(model)
+    wrapper = get_peft_model(model, LORA)
+    for one in (wrapper, model):
+        with pytest.raises(ModelError, match=r"has adapters \(at .*q_proj.*unload"):
+            wk.save(one, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    wk.save(wrapper.unload(), None, tmp_path / "out")
+    wk.load(tmp_path / "out")
 
 
 def test_a_wrapped_model_is_made_dense(tmp_path: Path) -> None:

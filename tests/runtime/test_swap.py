@@ -8,9 +8,11 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from fake_backends import remember
+from peft import LoraConfig, get_peft_model
 from pruned_models import pruned_linear, pruned_model
 from tiny_models import tiny_model, token_ids
 from torch import nn
@@ -21,6 +23,7 @@ from wandapp_kernels import dispatch
 from wandapp_kernels.backends import Problem
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.models.load import LoadedModel
+from wandapp_kernels.ops.layouts import CANONICAL
 from wandapp_kernels.runtime import SparseLinear, desparsify, sparsify
 from wandapp_kernels.runtime.prepare import prepare
 from wandapp_kernels.runtime.swap import sparse_layers
@@ -118,6 +121,36 @@ def test_what_a_swap_would_silence_stays() -> None:
     assert seen == ["backward"] and torch.equal(model[1](x), expected)
 
 
+def test_what_was_put_on_a_sparse_layer_is_not_lost() -> None:
+    seen: list[str] = []
+    model = nn.Sequential(pruned_linear(), pruned_linear(16, 12))
+    sparsify(model)
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    gone = model[1].register_forward_pre_hook(lambda *_, **__: seen.append("gone"), with_kwargs=True)
+    model[1].register_full_backward_hook(lambda *_: seen.append("backward"))
+    desparsify(model)
+    gone.remove()
+    model(torch.randn(2, 16, requires_grad=True)).sum().backward()
+    assert seen == ["forward", "backward"] and not any(sparse_layers(model))
+    sparsify(model := nn.Sequential(pruned_linear(), pruned_linear(16, 12)))
+    model[1].forward = model[1].forward
+    with pytest.raises(ModelError, match=r"forward of 1 was replaced .*remove_hook_from_module"):
+        desparsify(model)
+    assert len(list(sparse_layers(model))) == 2
+
+
+def test_adapters_go_on_being_trained() -> None:
+    lora = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = get_peft_model(pruned_model("llama", ("2:4",)), lora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    report = sparsify(model)
+    assert len(report.swapped) == 21 and not any("lora" in layer.name for layer in report.swapped)
+    assert sum("adapter" in reason for reason in report.left_dense.values()) == 3 * 2 + 3
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    model(token_ids(1, 6), labels=token_ids(1, 6)).loss.backward()
+    assert model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight").grad.any()
+
+
 def test_a_named_pattern_is_used_where_it_holds() -> None:
     model = nn.Sequential(pruned_linear(pattern="2:4"), pruned_linear(pattern="60%"), pruned_linear(pattern="1:4"))
     report = sparsify(model, "2:4")
@@ -175,12 +208,23 @@ def test_wrong_requests() -> None:
         wk.prune(loaded.model, token_ids(1, 65))
     with pytest.raises(UsageError, match="'down_prj', is that of no linear layer"):
         sparsify(pruned_model("llama"), ignore="down_prj")
+    with pytest.raises(UsageError, match="leave one out"):
+        sparsify(pruned_model("llama"), tune=True, layouts="canonical")
     with pytest.raises(UsageError, match="give a torch module"):
         sparsify(None)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="from_linear"):
         sparsify(pruned_linear())
     with pytest.raises(ModelError, match="to_linear"):
         desparsify(SparseLinear.from_linear(pruned_linear()))
+
+
+def test_canonical_layers_can_be_offloaded() -> None:
+    model = pruned_model("llama")
+    sparsify(model, layouts="canonical")
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(logits(model), expected)
 
 
 def test_tied_weights_are_left_alone() -> None:
@@ -232,6 +276,25 @@ def test_what_save_pretrained_writes_of_a_swapped_model_can_be_loaded(tmp_path) 
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_that_are_compressed_already_are_packed_for_where_they_are() -> None:
+    model = pruned_model("llama")
+
+    def layouts() -> dict[str, str]:
+        return {name: layer.layout for name, layer in sparse_layers(model)}
+
+    sparsify(model)
+    expected, packed = logits(model), layouts()
+    canonical = {name: CANONICAL[layer._operator] for name, layer in sparse_layers(model)}
+    sparsify(model, layouts="canonical", ignore="q_proj")
+    assert layouts() == {name: (packed if "q_proj" in name else canonical)[name] for name in packed}
+    model.double().float()  # kernels take no fp64
+    assert layouts() == canonical
+    sparsify(model, targets="up_proj")
+    assert layouts() == {name: (packed if "up_proj" in name else canonical)[name] for name in packed}
+    assert not sparsify(model).swapped and layouts() == packed
+    assert torch.equal(logits(model), expected)
+
+
 def test_prepare_swaps_for_a_family_of_backends() -> None:
     model = pruned_model("llama", ("2:4",))
     expected = logits(model)
@@ -264,8 +327,10 @@ def test_prepare_measures_for_a_model_that_is_compressed_already(
     dispatch.forget()
     try:
         assert prepare(model).layers == "21 × 2:4" and not asked
+        left = sparsify(model, tune=True).left_dense
+        assert sum(reason == "the dense product is faster here" for reason in left.values()) == 6
         assert prepare(model, tune=True).layers == "15 × 2:4"
-        assert asked == {(32, 32), (16, 32), (48, 32), (32, 48)}
+        assert asked == {(32, 32), (16, 32), (48, 32), (32, 48), (128, 32)}  # the head too
         assert {layer.layout for _, layer in sparse_layers(model)} == {"nm"}
         assert not any(isinstance(block.mlp.gate_proj, SparseLinear) for block in model.model.layers)
         assert len(model.config.quantization_config.to_dict()["layers"]) == 15

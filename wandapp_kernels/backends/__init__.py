@@ -7,23 +7,20 @@ import importlib
 from wandapp_kernels.backends.base import (
     BACKENDS,
     DENSE,
-    DENSE_OPERATOR,
-    UNSTRUCTURED,
     Backend,
     Call,
     Held,
-    Problem,
     UnusableError,
     choices_changed,
-    density_bucket,
     epoch,
     marks_of,
     register_backend,
-    token_bucket,
 )
 from wandapp_kernels.backends.dense import DecompressBackend, DenseBackend
+from wandapp_kernels.backends.problem import DENSE_OPERATOR, Problem, density_bucket, problem_for, token_bucket
 from wandapp_kernels.backends.reference import ReferenceBackend
 from wandapp_kernels.ops.layouts import LAYOUTS
+from wandapp_kernels.sparsity.pattern import UNSTRUCTURED
 
 # Each module registers its layouts and backends when it is imported, in the order they are preferred.
 MODULES = ("cpu", "cuda", "cusparselt", "triton")
@@ -88,6 +85,7 @@ __all__ = [
     "layouts_of",
     "load_backends",
     "marks_of",
+    "problem_for",
     "register_backend",
     "token_bucket",
 ]

@@ -4,62 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from wandapp_kernels.backends.problem import Problem as Problem
 from wandapp_kernels.errors import KernelError, UsageError
 from wandapp_kernels.ops.layouts import DENSE as DENSE
-from wandapp_kernels.sparsity.pattern import UNSTRUCTURED as UNSTRUCTURED
 from wandapp_kernels.sparsity.pattern import Pattern
 
 # Of ``Backend.default_tokens``: any number.
 UNLIMITED = 1 << 40
-
-# The operator of a weight that is not compressed; DENSE is its layout and its pattern.
-DENSE_OPERATOR = "linear"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One linear ``[tokens, in_features] → [tokens, out_features]``.
-
-    Attributes:
-        operator: ``"nm_linear"``, ``"bitmap_linear"``, or ``"linear"`` for a weight that stays dense.
-        tokens: M, rows of the activation.
-        out_features: N, rows of the weight.
-        in_features: K, columns of the weight.
-        pattern: ``"2:4"``, … for ``nm_linear``; ``"unstructured"`` for ``bitmap_linear``; ``"dense"`` for ``linear``.
-        density_bucket: kept weights in per cent, rounded to a multiple of 10 (:func:`density_bucket`).
-        dtype: of activation, output and (unless the layout stores int8 or float8) weight.
-        device: ``"cpu"``, ``"cuda:0"``, …
-        threads: ``torch.get_num_threads()`` on a CPU; 0 elsewhere.
-    """
-
-    operator: str
-    tokens: int
-    out_features: int
-    in_features: int
-    pattern: str
-    density_bucket: int
-    dtype: torch.dtype
-    device: str
-    threads: int
-
-    @property
-    def device_type(self) -> str:
-        """``"cpu"`` or ``"cuda"``."""
-        return self.device.partition(":")[0]
-
-
-def token_bucket(tokens: int) -> int:
-    """The upper end of ``tokens``' bucket: the next power of two."""
-    return 1 << max(tokens - 1, 0).bit_length()
-
-
-def density_bucket(density: float) -> int:
-    """``density`` in per cent to the nearest 10, at least 10 and at most 100."""
-    return min(max(round(density * 10) * 10, 10), 100)
 
 
 class UnusableError(KernelError):

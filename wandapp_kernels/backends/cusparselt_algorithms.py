@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from wandapp_kernels.backends.base import choices_changed, token_bucket
+from wandapp_kernels.backends.base import choices_changed
 from wandapp_kernels.backends.child import Child, ChildError, module_command
 from wandapp_kernels.backends.cusparselt_products import TOKEN_MULTIPLE, Algorithm
+from wandapp_kernels.backends.problem import token_bucket
 from wandapp_kernels.cache import cache_dir
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.errors import CheckpointError

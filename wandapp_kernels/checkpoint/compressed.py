@@ -179,7 +179,7 @@ class CompressedFolder:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in memory of its own. Raises CheckpointError if its file is cut short or its checksum differs."""
         place = self._places[name]
-        raw = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        raw = torch.empty(place.stop - place.start, dtype=torch.uint8, device="cpu")  # whatever the default device is
         with reading(place.path), place.path.open("rb") as stream:
             stream.seek(place.start)
             if stream.readinto(raw.numpy().data) != raw.numel():

@@ -41,7 +41,7 @@ def add(command: argparse.ArgumentParser) -> None:
     """The arguments."""
     command.add_argument("model", nargs="?", help=f"pruned: {MODEL_HELP}; or --random")
     command.add_argument("--random", choices=tuple(SHAPES), help="a random model of this shape instead")
-    command.add_argument("--sparsity", default="2:4", help="of the random model (default: %(default)s)")
+    command.add_argument("--sparsity", help="of the random model (default: 2:4)")
     command.add_argument(
         "--dtype", default="auto", help="comma-separated: bfloat16,float32; each dense and sparse (default: as stored)"
     )
@@ -69,6 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--new-tokens must be at least 2 and --rounds at least 1")
     if (arguments.model is None) == (arguments.random is None):
         raise UsageError("give either a model or --random SHAPE")
+    if arguments.sparsity is not None and arguments.random is None:
+        raise UsageError("--sparsity is for --random; a model has the sparsity it was pruned to")
+    sparsity = arguments.sparsity or "2:4"
     device = checks.device(arguments.device)
     if arguments.dtype != "auto":
         checks.dtypes(arguments.dtype)
@@ -78,11 +81,11 @@ def run(arguments: argparse.Namespace) -> None:
         read_json(arguments.report / "report.json")
     display = ProgressDisplay(arguments.quiet)
     with tempfile.TemporaryDirectory(prefix="wandapp-bench-") as work, quiet_transformers():
-        dense, compressed, tokenizer = _folders(arguments, Path(work), display)
+        dense, compressed, tokenizer = _folders(arguments, sparsity, Path(work), display)
         dtypes = _dtypes(arguments.dtype, dense)
         ids = {length: _prompt(tokenizer, dense, length, arguments.new_tokens) for length in prompts}
         result: dict[str, Any] = {
-            "model": arguments.model or f"random {arguments.random}, {arguments.sparsity}",
+            "model": arguments.model or f"random {arguments.random}, {sparsity}",
             "device": device_name(device),
             "threads": torch.get_num_threads() if device.type == "cpu" else 0,
             "versions": versions(),
@@ -93,12 +96,16 @@ def run(arguments: argparse.Namespace) -> None:
             "memory": {},
         }
         forms = [(kind, dtype) for dtype in dtypes for kind in ("dense", "sparse")]
+        if arguments.tune and not arguments.no_memory:
+            display.line("measuring the kernels")  # they decide what is held
+            for dtype in dtypes:
+                _contender("sparse", dtype, dense, compressed, True, device)
         for kind, dtype in () if arguments.no_memory else forms:
             display.line(f"memory of {kind} {dtype}")
             folder = dense if kind == "dense" else compressed
             backend = "dense" if kind == "dense" else "auto"
             prompt = ids[prompts[0]][0].tolist()
-            used = measure_memory(folder, backend, dtype, prompt, arguments.new_tokens, device)
+            used = measure_memory(folder, backend, dtype, prompt, arguments.new_tokens, device, tune=arguments.tune)
             result["memory"][f"{kind} {dtype}"] = asdict(used)
         contenders = [_contender(kind, dtype, dense, compressed, arguments.tune, device) for kind, dtype in forms]
         result["layers"] = {contender.name: contender.prepared.layers for contender in contenders}
@@ -127,12 +134,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\nreport: {arguments.report / 'report.html'}")
 
 
-def _folders(arguments: argparse.Namespace, work: Path, display: ProgressDisplay) -> tuple[Path, Path, Any]:
+def _folders(
+    arguments: argparse.Namespace, sparsity: str, work: Path, display: ProgressDisplay
+) -> tuple[Path, Path, Any]:
     """The model as a dense and as a compressed folder, both on disk, and its tokenizer."""
     if arguments.random is not None:
         display.line(f"making a random {arguments.random}")
         dtype = "float32" if arguments.dtype == "auto" else checks.dtypes(arguments.dtype)[0]
-        model = random_model(arguments.random, arguments.sparsity, checks.DTYPES[dtype])
+        model = random_model(arguments.random, sparsity, checks.DTYPES[dtype])
         loaded = LoadedModel(model, None, arguments.random, None)
     else:
         loaded = load_model(arguments.model)

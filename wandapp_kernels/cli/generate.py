@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wandapp_kernels.backends import DENSE
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.checkpoint.save import to_json
 from wandapp_kernels.cli import checks
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, swap, generate."""
     if arguments.compile and arguments.cache == "dynamic":
         raise UsageError("--compile needs a cache of fixed size; leave --cache dynamic out")
+    if arguments.tune and arguments.backend == DENSE:
+        raise UsageError("--tune chooses among kernels, but --backend dense is torch's product; leave one of them out")
     device = checks.device("cpu" if arguments.device is None and arguments.backend == "cpu" else arguments.device)
     checks.backend(arguments.backend, device)
     loaded = load_model(arguments.model, dtype=arguments.dtype)

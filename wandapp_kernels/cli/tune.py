@@ -15,8 +15,6 @@ from tqdm import tqdm
 from wandapp_kernels import dispatch
 from wandapp_kernels.backends import DENSE, UNSTRUCTURED, Problem, density_bucket
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
-from wandapp_kernels.checkpoint.compressed import CompressedFolder, is_compressed
-from wandapp_kernels.checkpoint.files import read_json
 from wandapp_kernels.checkpoint.format import NM_PATTERNS, compressed_bytes
 from wandapp_kernels.checkpoint.inspect import inspect_folder
 from wandapp_kernels.checkpoint.save import to_json
@@ -68,6 +66,8 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the shapes, measure, print what is chosen."""
+    if arguments.again and arguments.no_tune:
+        raise UsageError("--again measures anew and --no-tune measures nothing; leave one of them out")
     tokens = _tokens(arguments.m)
     checks.seconds(arguments.seconds)
     device = str(checks.device(arguments.device))
@@ -106,8 +106,7 @@ def layer_kinds(folder: Path, sparsity: str | None = None, dtype: str = "auto") 
         ModelError: there are no such layers.
         UsageError: ``sparsity`` is given and no layer is dense.
     """
-    compressed = is_compressed(read_json(folder / "config.json"))
-    kinds = _compressed_kinds(folder) if compressed else _dense_kinds(folder)
+    kinds = _kinds(folder)
     if not kinds:
         raise ModelError(f"{folder} has no linear layers in decoder blocks of a floating type; give another model")
     if sparsity is None and all(kind.pattern == DENSE for kind in kinds):
@@ -125,20 +124,7 @@ def layer_kinds(folder: Path, sparsity: str | None = None, dtype: str = "auto") 
     return found
 
 
-def _compressed_kinds(folder: Path) -> Counter[LayerKind]:
-    opened = CompressedFolder(folder)
-    kinds: Counter[LayerKind] = Counter()
-    for name, form in opened.layers.items():
-        rows, columns = form.shape
-        if form.pattern == UNSTRUCTURED:
-            density = opened.tensor(f"{name}.weight_values").numel() / (rows * columns)
-        else:
-            density = 1 - Pattern.parse(form.pattern).ratio
-        kinds[LayerKind(rows, columns, form.pattern, density_bucket(density), form.dtype)] += 1
-    return kinds
-
-
-def _dense_kinds(folder: Path) -> Counter[LayerKind]:
+def _kinds(folder: Path) -> Counter[LayerKind]:
     kinds: Counter[LayerKind] = Counter()
     for layer in inspect_folder(folder)["layers"]:
         if len(layer["shape"]) != 2 or layer["dtype"] not in _STORED:
@@ -150,7 +136,7 @@ def _dense_kinds(folder: Path) -> Counter[LayerKind]:
             forms.append(UNSTRUCTURED)
         kept = round(density * rows * columns)
         sizes = {form: compressed_bytes(form, rows, columns, kept, DTYPES[dtype].itemsize) for form in forms}
-        pattern = min(sizes, key=sizes.__getitem__, default=DENSE)
+        pattern = layer.get("stored") or min(sizes, key=sizes.__getitem__, default=DENSE)
         if pattern != UNSTRUCTURED:
             density = 1.0 if pattern == DENSE else 1 - Pattern.parse(pattern).ratio
         kinds[LayerKind(rows, columns, pattern, density_bucket(density), dtype)] += 1

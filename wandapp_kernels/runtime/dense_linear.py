@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from wandapp_kernels import dispatch
-from wandapp_kernels.backends import DENSE, Call
+from wandapp_kernels.backends import DENSE, Call, Problem, backends_of
+from wandapp_kernels.checkpoint.format import DTYPES
 from wandapp_kernels.ops.linears import linears, traced_without_gradients
+from wandapp_kernels.runtime.choice import TUNED_TOKENS
 from wandapp_kernels.runtime.kernel_linear import KernelLinear
 
 
@@ -48,6 +50,16 @@ class DenseLinear(KernelLinear):
         problem = dispatch.problem_for(*shape, DENSE, x.numel() // x.shape[-1], x.dtype, x.device)
         return dispatch.choose_dense(problem).bind(tensors, bias, shape, None)
 
+    def problems(self) -> list[Problem]:
+        """What is measured for this layer; nothing where torch's product is the only one."""
+        weight = self.weight
+        if weight.is_meta or weight.dtype not in DTYPES or not self._fit(weight, self.bias):
+            return []
+        shape, kind = (self.out_features, self.in_features), (weight.dtype, weight.device)
+        asked = [dispatch.problem_for(*shape, DENSE, tokens, *kind) for tokens in TUNED_TOKENS]
+        takers = [backend for backend in backends_of(DENSE) if backend.supports(asked[0]) is None]
+        return asked if len(takers) > 1 else []
+
 
 def use_dense_kernels(model: nn.Module) -> list[str]:
     """Make every plain ``nn.Linear`` of the model a `DenseLinear`, in place; returns their names."""
@@ -55,6 +67,13 @@ def use_dense_kernels(model: nn.Module) -> list[str]:
     for name in names:
         model.get_submodule(name).__class__ = DenseLinear
     return names
+
+
+def tune_dense_kernels(model: nn.Module) -> None:
+    """Measure, once for each shape, the kernels that could run the `DenseLinear` of the model."""
+    dispatch.tune(
+        problem for layer in model.modules() if isinstance(layer, DenseLinear) for problem in layer.problems()
+    )
 
 
 def use_torch(model: nn.Module) -> None:

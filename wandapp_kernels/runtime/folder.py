@@ -57,7 +57,7 @@ def load_compressed(
     """
     checkpoint = CompressedFolder(folder)
     config = type(config).from_dict({**config.to_dict(), "quantization_config": None})
-    with _weights_on_meta():
+    with torch.device("cpu"), _weights_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     for name in checkpoint.layers:
         drop_weight(model, name, checkpoint)
@@ -123,8 +123,10 @@ def fill(
         sparse = SparseLinear(weight, module.bias, layout=fastest_layout(weight), transposed=transposed)  # type: ignore[arg-type]
         model.set_submodule(name, sparse)
         del weight
-    known = [_assign(model, name, checkpoint, dtype, device) for name in checkpoint.other]
+    placed = {name: _assign(model, name, checkpoint, dtype, device) for name in checkpoint.other}
     model.tie_weights()
+    _require_kept(model, checkpoint, placed)
+    known = list(placed.values())
     # Tied parameters are one object. Tensors are compared by identity: what the model held before may have any value.
     known += [own for _, layer in sparse_layers(model) for name, own in layer.named_parameters() if name != "bias"]
     present = {id(tensor) for tensor in known}
@@ -273,6 +275,19 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
 
 def _missing(checkpoint: CompressedFolder, name: str) -> CheckpointError:
     return CheckpointError(f"the tensor {name} of {checkpoint.folder} is missing; get the complete checkpoint")
+
+
+def _require_kept(model: nn.Module, checkpoint: CompressedFolder, placed: dict[str, torch.Tensor]) -> None:
+    """Refuse a folder one of whose tensors was replaced by another one, with which config.json ties it."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    sources = {id(own): name for name, own in placed.items()}
+    for name, tensor in placed.items():
+        source = sources.get(id(held.get(name)), name)
+        if source != name and not torch.equal(placed[source], tensor):
+            raise CheckpointError(
+                f"the tensor {name} of {checkpoint.folder} differs from {source}, with which config.json ties it; get "
+                "matching files, or set tie_word_embeddings to false there"
+            )
 
 
 def check_place(model: nn.Module, name: str, checkpoint: CompressedFolder) -> tuple[nn.Module, torch.Tensor]:

@@ -11,8 +11,6 @@ from torch import nn
 
 from wandapp_kernels import dispatch
 from wandapp_kernels.backends import DENSE
-from wandapp_kernels.runtime.choice import fastest_layout
-from wandapp_kernels.runtime.sparse_linear import SparseLinear
 from wandapp_kernels.runtime.swap import desparsify, sparse_layers, sparsify
 
 
@@ -41,8 +39,7 @@ def prepare(
     Args:
         backend: ``"auto"`` swaps what is sparse and lets dispatch choose; ``"dense"`` gives every layer its dense
             weight back; another name is a family of backends (``"cpu"``, ``"cuda"``, …): layouts are chosen for it.
-        tune: see `swap.sparsify`; layers that are compressed already are measured too, and become dense where the
-            dense product is faster.
+        tune: see `swap.sparsify`.
         device: where the model goes first, since layouts are chosen for the device it is on; None: it stays.
 
     Raises:
@@ -55,15 +52,6 @@ def prepare(
         return Prepared("all layers dense", None)
     family = None if backend == "auto" else backend
     with dispatch.only(family):
-        for name in [name for name, _ in sparse_layers(model)]:
-            # Only names are kept: a list of modules would keep the compressed weights of replaced layers alive.
-            layer = model.get_submodule(name)
-            assert isinstance(layer, SparseLinear)
-            layout = fastest_layout(layer.compressed(), tune=tune)
-            if layout == DENSE:
-                model.set_submodule(name, layer.to_linear())
-            else:
-                layer.set_layout(layout)
         sparsify(model, tune=tune)
     return Prepared(describe(model), family)
 

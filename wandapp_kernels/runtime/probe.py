@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from wandapp_kernels import dispatch
 from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.load import load_model
 from wandapp_kernels.runtime.generation import generate_timed
@@ -40,14 +41,28 @@ class MemoryUse:
 
 
 def measure_memory(
-    folder: str | Path, backend: str, dtype: str, ids: list[int], new_tokens: int, device: torch.device = CPU
+    folder: str | Path,
+    backend: str,
+    dtype: str,
+    ids: list[int],
+    new_tokens: int,
+    device: torch.device = CPU,
+    *,
+    tune: bool = False,
 ) -> MemoryUse:
     """Load ``folder`` in a new process, generate on ``device``, and say what that took there.
+
+    Args:
+        folder, dtype: see `models.load.load_model`.
+        backend: see `prepare`.
+        ids: the prompt.
+        tune: choose as ``prepare(tune=True)`` does from what was measured before; nothing is measured there, since
+            that takes memory too.
 
     Raises:
         ModelError: the process failed; its last line says why.
     """
-    request = json.dumps([str(folder), backend, dtype, ids, new_tokens, torch.get_num_threads(), str(device)])
+    request = json.dumps([str(folder), backend, dtype, ids, new_tokens, torch.get_num_threads(), str(device), tune])
     done = subprocess.run([sys.executable, "-m", __name__], input=request, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -56,14 +71,15 @@ def measure_memory(
 
 
 def _main() -> str:
-    folder, backend, dtype, ids, new_tokens, threads, place = json.load(sys.stdin)
+    folder, backend, dtype, ids, new_tokens, threads, place, tune = json.load(sys.stdin)
     torch.set_num_threads(threads)
     device = torch.device(place)
     release_free_memory()
     reset_peak(device)
     before = resident_bytes(device)
     loaded = load_model(folder, dtype=dtype, tokenizer=False)
-    prepared = prepare(loaded.model, backend, device=device)
+    with dispatch.frozen():
+        prepared = prepare(loaded.model, backend, tune=tune, device=device)
     load_peak = peak_bytes(device)
     release_free_memory()
     reset_peak(device)

@@ -17,7 +17,8 @@ class CompressedLayers:
     """``quantization_config`` of a swapped model: read from its layers whenever the config is written.
 
     Types change with ``.to()``, layers are replaced one by one, adapters wrap and unwrap the model: none of these tells
-    the config. A copy, and what outlives the model, says what was true last.
+    the config. In a copy of the model it reads the copy's layers; a copy of the config alone, and what outlives the
+    model, says what was true last.
     """
 
     quant_method = METHOD
@@ -35,8 +36,13 @@ class CompressedLayers:
             self._last = quantization_config({name: m.form for name, m in modules if isinstance(m, SparseLinear)})
         return copy.deepcopy(self._last)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return self.to_dict()
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayers | dict[str, Any]:
+        twin = memo.get(id(self._model()))
+        if twin is None:
+            return self.to_dict()
+        copied = type(self).__new__(type(self))  # the twin has no layers yet that could be read
+        copied._model, copied._last = weakref.ref(twin), self.to_dict()
+        return copied
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
         return dict, (self.to_dict(),)

@@ -17,8 +17,9 @@ from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, Us
 from wandapp_kernels.models.checks import require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.names import as_patterns, matches
+from wandapp_kernels.ops.layouts import CANONICAL
 from wandapp_kernels.runtime.choice import fastest_layout
-from wandapp_kernels.runtime.dense_linear import DenseLinear, use_dense_kernels, use_torch
+from wandapp_kernels.runtime.dense_linear import DenseLinear, tune_dense_kernels, use_dense_kernels, use_torch
 from wandapp_kernels.runtime.memory import release_free_memory
 from wandapp_kernels.runtime.recorded import owner_of, record_layers
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
@@ -26,6 +27,11 @@ from wandapp_kernels.sparsity import Pattern, satisfies
 
 # Below this share of zeros a bitmap would still save a little memory, but no kernel gains time.
 MIN_SPARSITY = 0.4
+
+_DENSE_IS_FASTER = "the dense product is faster here"
+
+# What PEFT's wrappers call the layer that they are put around; their other layers are what is trained.
+_WRAPPED = ("base_layer", "original_module")
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,11 @@ def sparsify(
     One layer at a time: its compressed weight is made, the layer replaced, and the dense weight freed before the next
     is looked at. Looked at are ``nn.Linear`` and transformers' ``Conv1D``. A layer stays dense, and the report says
     why, when its weight is shared with another module, breaks the pattern, has too few zeros, holds NaN or infinity, or
-    would take as many bytes compressed, or when it has hooks or a replaced ``forward``. Layers that are compressed
-    already stay as they are. Plain ``nn.Linear`` that stay dense become `DenseLinear`, with the same Parameters and the
-    dense kernel that is fastest at few tokens. The model's config records what is compressed; nothing else in the model
-    changes.
+    would take as many bytes compressed, when it has hooks or a replaced ``forward``, or is part of an adapter (PEFT),
+    of which LoRA's start as zeros. Layers that are compressed already keep their form, and are packed (and, with
+    ``tune``, measured) for the device they are on now. Plain ``nn.Linear`` that stay dense become `DenseLinear`, with
+    the same Parameters and the dense kernel that is fastest at few tokens. The model's config records what is
+    compressed; nothing else in the model changes.
 
     Args:
         model: any module; on any device.
@@ -100,21 +107,24 @@ def sparsify(
             ``"unstructured"``, is used for every layer that satisfies it.
         targets: only these layers (`models.names.matches`: full names, suffixes, ``re:`` patterns); None means all.
         ignore: never these.
-        tune: measure the kernels for every shape first (seconds to minutes, kept in the cache), take the layout of the
-            fastest, and leave a layer dense where the dense product is fastest at decode.
+        tune: measure the kernels for every shape (seconds to minutes, kept in the cache), take the layout of the
+            fastest, leave a layer dense where the dense product is fastest at decode, and run layers that stay dense,
+            the head too, with the dense product that is.
         min_sparsity: least fraction of zeros for ``"unstructured"``.
         layouts: ``"auto"`` packs each weight for the kernel that will run it; ``"canonical"`` leaves it as it is saved,
             and dense layers as they are: for writing a checkpoint.
 
     Raises:
-        UsageError: an impossible pattern, ``min_sparsity`` or ``layouts``, ``targets`` that choose no layer, an
-            ``ignore`` that is no layer's name, or something that is no module.
+        UsageError: an impossible pattern, ``min_sparsity`` or ``layouts``, ``tune`` with ``layouts="canonical"``,
+            ``targets`` that choose no layer, an ``ignore`` that is no layer's name, or something that is no module.
         ModelError: ``model`` itself is a linear layer, so that there is nothing to hang the new one in.
     """
     if not 0 <= min_sparsity <= 1:
         raise UsageError(f"min_sparsity is {min_sparsity}, but must be a fraction of zeros from 0 to 1")
     if layouts not in ("auto", "canonical"):
         raise UsageError(f"layouts is {layouts!r}, but must be 'auto' or 'canonical'")
+    if tune and layouts == "canonical":
+        raise UsageError("tune=True chooses layouts, but layouts='canonical' leaves weights as saved; leave one out")
     wanted = pattern if pattern in ("auto", UNSTRUCTURED) else _nm(pattern)
     require_module(model)
     if isinstance(model, nn.Linear | Conv1D):
@@ -126,14 +136,18 @@ def sparsify(
             f"no linear layer of the model is chosen by {', '.join(as_patterns(targets))}; its last is {names[-1:]}"
         )
     check_ignored(model, as_patterns(ignore))
-    shared = _shared_weights(model)
+    shared, adapters = _shared_weights(model), _adapters(model)
     report = SwapReport()
     for name in names:
         # Only names are kept: a list of modules would keep every dense weight alive.
         layer = model.get_submodule(name)
         if isinstance(layer, SparseLinear):
+            if name in chosen and not matches(name, ignore):
+                _pack(model, name, layer, tune, layouts, report)
             continue
         reason = "not among the targets" if name not in chosen else "ignored" if matches(name, ignore) else None
+        if name in adapters:
+            reason = "it is part of an adapter, which is trained"
         if name in shared:
             reason = f"its weight is shared with {shared[name]}"
         if reason is None:
@@ -144,6 +158,8 @@ def sparsify(
     report.left_dense.update(_stacked(model, min_sparsity))
     if layouts == "auto":
         use_dense_kernels(model)
+        if tune:
+            tune_dense_kernels(model)
     record_layers(model)
     release_free_memory()
     return report
@@ -151,15 +167,29 @@ def sparsify(
 
 @torch.no_grad()
 def desparsify(model: nn.Module) -> list[str]:
-    """Give every `SparseLinear` of the model its dense layer back, in place; returns their names. -0.0 becomes +0.0."""
+    """Give every `SparseLinear` of the model its dense layer back, in place; returns their names. -0.0 becomes +0.0.
+
+    Hooks of a layer go on working; their handles remove them.
+
+    Raises:
+        UsageError: something that is no module.
+        ModelError: ``model`` itself is a `SparseLinear`; or the ``forward`` of a layer was replaced, which would be
+            lost. Nothing has been changed then.
+    """
     require_module(model)
-    names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    names = [name for name, _ in sparse_layers(model)]
     for name in names:
         if not name:
             raise ModelError("the model is a single SparseLinear; use its to_linear()")
+        if "forward" in model.get_submodule(name).__dict__:
+            raise ModelError(
+                f"the forward of {name} was replaced (as accelerate's hooks do) and would be lost; undo that first, "
+                "with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+    for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, SparseLinear)
-        model.set_submodule(name, layer.to_linear())
+        _make_dense(model, name, layer)
         del layer
     use_torch(model)
     record_layers(model)
@@ -176,6 +206,13 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     """Name and module of every `SparseLinear`."""
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
+            yield name, module
+
+
+def adapter_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of everything that an adapter (PEFT) has put around a layer."""
+    for name, module in model.named_modules():
+        if any(own in module._modules for own in _WRAPPED):
             yield name, module
 
 
@@ -201,6 +238,16 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
         if len(group) > 1
         for name in group
         if name.endswith(".weight")
+    }
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    """Names of the layers of adapters."""
+    return {
+        f"{name}.{own}".lstrip(".")
+        for name, wrapper in adapter_wrappers(model)
+        for own, _ in wrapper.named_modules()
+        if own and own.partition(".")[0] not in _WRAPPED
     }
 
 
@@ -252,13 +299,34 @@ def _swap(
     if layouts == "auto":
         layout = fastest_layout(sparse.compressed(), tune=tune)
         if layout == DENSE:
-            return "the dense product is faster here"
+            return _DENSE_IS_FASTER
         sparse.set_layout(layout)
     model.set_submodule(name, sparse)
     report.swapped.append(
         SwappedLayer(name, sparse.shape, form, sparse.layout, 1 - kept / max(dense.numel(), 1), size, sparse.nbytes)
     )
     return None
+
+
+def _pack(model: nn.Module, name: str, layer: SparseLinear, tune: bool, layouts: str, report: SwapReport) -> None:
+    """Hold a layer that is compressed already as one that is swapped now would be."""
+    if layer._tensors()[0].is_meta:  # offloaded
+        return
+    if layouts == "canonical":
+        layer.set_layout(CANONICAL[layer._operator])
+        return
+    layout = fastest_layout(layer.compressed(), tune=tune)
+    if layout != DENSE:
+        layer.set_layout(layout)
+    elif "forward" not in layer.__dict__:  # which would be lost
+        _make_dense(model, name, layer)
+        report.left_dense[name] = _DENSE_IS_FASTER
+
+
+def _make_dense(model: nn.Module, name: str, layer: SparseLinear) -> None:
+    dense = layer.to_linear()
+    dense.__dict__.update({name: kept for name, kept in layer.__dict__.items() if "_hook" in name})
+    model.set_submodule(name, dense)
 
 
 def _form(mask: torch.Tensor, pattern: str, element_size: int, min_sparsity: float) -> tuple[str, str | None]:

@@ -31,7 +31,7 @@ from wandapp_kernels.backends import (
     layouts_of,
     load_backends,
 )
-from wandapp_kernels.backends.base import DENSE_OPERATOR
+from wandapp_kernels.backends.problem import DENSE_OPERATOR
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import CANONICAL, CompressedWeight, get_layout
 from wandapp_kernels.ops.operator import check_linear, is_plain

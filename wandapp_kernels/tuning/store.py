@@ -19,10 +19,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from wandapp_kernels.backends.base import UNSTRUCTURED, Problem, token_bucket
+from wandapp_kernels.backends.problem import Problem, token_bucket
 from wandapp_kernels.cache import cache_dir
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.errors import CheckpointError
+from wandapp_kernels.sparsity.pattern import UNSTRUCTURED
 from wandapp_kernels.tuning.device import fingerprint
 
 FORMAT = 1
@@ -104,7 +105,7 @@ class Store:
             return {str(name): _measurement(entry) for name, entry in content["problems"].items()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever can be wrong with a file that others can write
             if warn:
                 what = f"{type(error).__name__}: {error}"
                 warnings.warn(f"the measurements in {self.path} are ignored ({what}); delete the file", stacklevel=4)
