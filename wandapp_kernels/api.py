@@ -14,7 +14,7 @@ from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.perplexity import context_length, evaluate
-from wandapp_kernels.models.checks import refuse_adapters, require_module
+from wandapp_kernels.models.checks import adapter_wrappers, refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
@@ -24,7 +24,7 @@ from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import Progress, prune_blocks
 from wandapp_kernels.runtime.folder import save_compressed
 from wandapp_kernels.runtime.sparse_linear import SparseLinear
-from wandapp_kernels.runtime.swap import SwapReport, adapter_wrappers, desparsify, sparse_layers, sparsify
+from wandapp_kernels.runtime.swap import SwapReport, desparsify, sparse_layers, sparsify
 from wandapp_kernels.runtime.swiglu import swiglu
 from wandapp_kernels.sparsity import Pattern
 

@@ -14,7 +14,7 @@ from wandapp_kernels.backends import DENSE
 from wandapp_kernels.checkpoint.compressed import METHOD
 from wandapp_kernels.checkpoint.format import DTYPES, UNSTRUCTURED, compressed_bytes, smallest_pattern
 from wandapp_kernels.errors import ModelError, NonFiniteError, SparsityError, UsageError
-from wandapp_kernels.models.checks import require_module
+from wandapp_kernels.models.checks import WRAPPED, adapter_wrappers, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.names import as_patterns, matches
 from wandapp_kernels.ops.layouts import CANONICAL
@@ -29,9 +29,6 @@ from wandapp_kernels.sparsity import Pattern, satisfies
 MIN_SPARSITY = 0.4
 
 _DENSE_IS_FASTER = "the dense product is faster here"
-
-# What PEFT's wrappers call the layer that they are put around; their other layers are what is trained.
-_WRAPPED = ("base_layer", "original_module")
 
 
 @dataclass(frozen=True)
@@ -209,13 +206,6 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
             yield name, module
 
 
-def adapter_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of everything that an adapter (PEFT) has put around a layer."""
-    for name, module in model.named_modules():
-        if any(own in module._modules for own in _WRAPPED):
-            yield name, module
-
-
 def _nm(pattern: str | Pattern) -> Pattern:
     parsed = Pattern.parse(pattern)
     if not parsed.is_nm:
@@ -247,7 +237,7 @@ def _adapters(model: nn.Module) -> set[str]:
         f"{name}.{own}".lstrip(".")
         for name, wrapper in adapter_wrappers(model)
         for own, _ in wrapper.named_modules()
-        if own and own.partition(".")[0] not in _WRAPPED
+        if own and own.partition(".")[0] not in WRAPPED
     }
 
 
