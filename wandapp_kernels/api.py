@@ -52,6 +52,7 @@ def prune(
     ignore: str | Sequence[str] = (),
     device: str | torch.device | None = None,
     progress: Callable[[Progress], None] | None = None,
+    work: str | Path | None = None,
     **changes: Any,
 ) -> PruneReport:
     """Prune a loaded decoder-only language model in place, block by block.
@@ -65,6 +66,8 @@ def prune(
         ignore: modules that stay dense: full names, suffixes such as ``down_proj``, or ``re:`` patterns.
         device: where a block is worked on; CUDA when there is one, else the CPU.
         progress: called with a ``Progress`` after each step.
+        work: folder for finished blocks. A killed run, started again with the same model (loaded anew), calibration and
+            settings, goes on from there, to the same weights. Delete it when the model is saved.
         changes: to the method, see ``build_settings``: ``score``, ``update``, ``regional_optimizer``, ``preset``,
             ``optimizer={...}``, ``alpha``, ``x_norm``, ``recompute_gradient``, ``sequential``, ``self_calibration``.
 
@@ -73,7 +76,9 @@ def prune(
 
     Raises:
         UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape, range or length, a swapped
-            model, one with adapters, something that is no module, an ``ignore`` that is no layer's name.
+            model, one with adapters, something that is no module, an ``ignore`` that is no layer's name, a ``work``
+            folder of another run.
+        CheckpointError: the ``work`` folder cannot be used.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
     """
@@ -93,7 +98,7 @@ def prune(
     ids = ids.long()
     check_ignored(model, names)
     where = None if device is None else torch.device(device)
-    return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None))
+    return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None), work=work)
 
 
 def save(

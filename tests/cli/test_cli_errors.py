@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
 from wandapp_kernels.checkpoint import save
-from wandapp_kernels.cli import commands, main
+from wandapp_kernels.cli import commands, convert, main
 from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.load import load_model
 
@@ -128,6 +128,8 @@ def test_a_report_and_a_model_that_would_replace_each_other(
         (["prune", "models/a", "--out", "models"], True),
         (["prune", "models/a", "--out", "models/a"], False),
         (["prune", "glass-0.9m", "--out", "models"], False),
+        (["convert", "models/a", "models"], True),
+        (["convert", "models/a", "models/a"], False),
     ],
 )
 def test_the_model_is_not_replaced_while_it_is_read(
@@ -137,10 +139,19 @@ def test_the_model_is_not_replaced_while_it_is_read(
         raise ModelError("loaded")
 
     monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(convert, "load_model", load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "a").mkdir(parents=True)
     assert main([*arguments, "--force"]) == (2 if refused else 1)
     assert ("holds the model models/a" if refused else "loaded") in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "command", [["prune", "m", "--out", "a"], ["compare", "m", "--save", "a"], ["convert", "m", "a"]], ids=" ".join
+)
+def test_a_result_that_would_be_the_folder(command: list[str], capsys) -> None:
+    assert main([*command, "--json", "b/../a"]) == 2
+    assert "--json b/../a is the folder that is written" in one_line(capsys)
 
 
 @pytest.mark.parametrize(

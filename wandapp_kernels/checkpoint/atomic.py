@@ -109,26 +109,47 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         CheckpointError: ``path`` is a folder, or cannot be written.
     """
     target = Path(path)
+    if target.exists() and not target.is_file() and not target.is_dir():
+        try:
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        return
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Write a file that appears at ``path`` complete and flushed to the disk, or not at all.
+
+    Yields the path of a temporary file next to it; an old file is replaced.
+
+    Raises:
+        CheckpointError: ``path`` is a folder, or cannot be written.
+    """
     partial = None
     try:
+        target = Path(path)
         if target.is_dir():
             raise CheckpointError(f"{path} is a folder; name a file to write to")
-        if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8")
-            return
         target = target.resolve()
         partial = _sibling(target, "tmp")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         _flush(partial)
         os.replace(partial, target)
         _flush(target.parent)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}; name another file") from error
+        raise _cannot_write(path, error) from error
     finally:
         if partial is not None:
             with suppress(OSError):
                 partial.unlink()
+
+
+def _cannot_write(path: str | Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be written: {error.strerror}; name another file")
 
 
 def _sibling(target: Path, kind: str) -> Path:

@@ -51,6 +51,12 @@ def _prune(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="wanda++", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
     command.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
+    command.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="keep finished blocks here until the model is written: the same command goes on after them",
+    )
     _calibration(command)
     _composition(command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 from pathlib import Path
@@ -95,7 +96,17 @@ def apart(folders: dict[str, Path]) -> None:
     here, there = one.resolve(), other.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
         how = "the same folder" if here == there else "inside one another"
-        raise UsageError(f"{first} {one} and {second} {other} are {how}, and each is replaced whole; name two folders")
+        raise UsageError(
+            f"{first} {one} and {second} {other} are {how}, and each is replaced or deleted whole; name two folders"
+        )
+
+
+def result_apart(arguments: argparse.Namespace) -> None:
+    """Refuse a ``--json`` that is the folder to be written: a file cannot be both."""
+    for option in ("out", "save"):
+        folder = getattr(arguments, option, None)
+        if folder is not None and folder.resolve() == arguments.json.resolve():
+            raise UsageError(f"--json {arguments.json} is the folder that is written; name a file")
 
 
 def spares(model: str, folders: dict[str, Path | None], *, in_place: bool = False) -> None:

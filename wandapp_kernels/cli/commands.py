@@ -13,6 +13,7 @@ from wandapp_kernels import api
 from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
 from wandapp_kernels.checkpoint.inspect import inspect_folder
 from wandapp_kernels.checkpoint.save import check_room_for, save_pruned, to_json
+from wandapp_kernels.checkpoint.work_folder import remove_work
 from wandapp_kernels.cli import checks
 from wandapp_kernels.cli.bars import ProgressDisplay
 from wandapp_kernels.cli.method_options import changes, settings
@@ -41,6 +42,9 @@ def prune(arguments: argparse.Namespace) -> None:
     """``wandapp prune MODEL --out DIR``"""
     check_target(arguments.out, arguments.force)
     checks.spares(arguments.model, {"--out": arguments.out}, in_place=True)
+    if arguments.work:
+        checks.apart({"--out": arguments.out, "--work": arguments.work})
+        arguments.kept = f"the same command goes on from {arguments.work}"
     (chosen,) = settings(arguments, [arguments.method])
     device = checks.device(arguments.device)
     loaded = _load_dense(arguments)
@@ -57,6 +61,7 @@ def prune(arguments: argparse.Namespace) -> None:
         ignore=arguments.ignore,
         device=device,
         progress=lambda where: display(chosen.method, where),
+        work=arguments.work,
         **changes(arguments),
     )
     display.close()
@@ -65,6 +70,8 @@ def prune(arguments: argparse.Namespace) -> None:
         save_pruned(loaded.model, loaded.tokenizer, arguments.out, recorded, force=arguments.force)
     if arguments.json:
         write_text_atomic(arguments.json, to_json(recorded))
+    if arguments.work:
+        remove_work(arguments.work)
     for warning in report.warnings:
         display.line(f"warning: {warning}")
     print(

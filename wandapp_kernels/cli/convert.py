@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, swap or unswap, write."""
     asked = _asked(arguments)
     check_target(arguments.out, arguments.force)
+    checks.spares(arguments.model, {"OUT": arguments.out}, in_place=True)
     loaded = load_model(arguments.model, dtype=arguments.dtype)
     check_ignored(loaded.model, arguments.ignore)
     _check_finite(loaded, arguments.dtype)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from wandapp_kernels.checkpoint.atomic import check_file
-from wandapp_kernels.cli import bench_linear, bench_model, commands, convert, generate, tune
+from wandapp_kernels.cli import bench_linear, bench_model, checks, commands, convert, generate, tune
 from wandapp_kernels.cli.arguments import parser
 from wandapp_kernels.errors import UsageError, WandappError
 
@@ -55,6 +55,7 @@ def _run(argv: Sequence[str] | None) -> int:
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             if getattr(arguments, "json", None):
                 check_file(arguments.json)
+                checks.result_apart(arguments)
             _COMMANDS[arguments.command](arguments)
         return 0
     except BrokenPipeError:

