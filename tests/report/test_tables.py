@@ -128,6 +128,11 @@ def test_the_comparison_of_one_number_each():
     assert "wanda" in comparison_table(report) and "| wanda" in comparison_table(report, markdown=True)
 
 
+def test_nothing_is_compared_with_a_dense_model_that_has_no_perplexity():
+    report = {"dense": {"perplexity": math.inf}, "methods": [method("wanda", 25.0)]}
+    assert [row[3:5] for row in comparison_rows(report)[1]] == [["∞", "–"], ["25.00", "–"]]
+
+
 def test_the_comparison_of_several_texts_divides_by_the_same_text():
     report = {
         "dense": {"perplexity": {"wiki": 10.0, "sotu": 20.0}, "seconds": 3},

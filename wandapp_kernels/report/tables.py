@@ -169,7 +169,7 @@ def _comparison_row(
 ) -> list[str]:
     first = next(iter(dense))
     here, there = found.get(first), dense[first]
-    ratio = here / there if here is not None and there else None
+    ratio = here / there if here is not None and there and math.isfinite(there) else None
     sparsity = entry.get("sparsity")
     return [
         name,
