@@ -43,3 +43,10 @@ def test_the_folders_are_apart(work: str, tmp_path: Path, capsys, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert main(["prune", "glass-0.9m", "--out", "out", "--work", work]) == 2
     assert "name two folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("result", ["work/report.json", "work"])
+def test_the_result_is_not_deleted_with_the_folder(result: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", "glass-0.9m", "--out", "out", "--work", "work", "--json", result]) == 2
+    assert "which is deleted at the end" in capsys.readouterr().err

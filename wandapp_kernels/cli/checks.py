@@ -102,11 +102,14 @@ def apart(folders: dict[str, Path]) -> None:
 
 
 def result_apart(arguments: argparse.Namespace) -> None:
-    """Refuse a ``--json`` that is the folder to be written: a file cannot be both."""
+    """Refuse a ``--json`` that is the folder to be written, or lies in the one that is deleted at the end."""
     for option in ("out", "save"):
         folder = getattr(arguments, option, None)
         if folder is not None and folder.resolve() == arguments.json.resolve():
             raise UsageError(f"--json {arguments.json} is the folder that is written; name a file")
+    work = getattr(arguments, "work", None)
+    if work is not None and arguments.json.resolve().is_relative_to(work.resolve()):
+        raise UsageError(f"--json {arguments.json} lies in --work {work}, which is deleted at the end; name another")
 
 
 def spares(model: str, folders: dict[str, Path | None], *, in_place: bool = False) -> None:
