@@ -9,10 +9,15 @@
 //   chunk  16 columns: steps h = 0, 1, 16 values       tile   8 chunks, one 32-bit word a lane: step s at bits [2s, +2)
 #pragma once
 
+#include <utility>
+
 #include "avx2_common.h"
 
 namespace wandapp {
 namespace {
+
+constexpr int kBlockPairs = 2;
+constexpr int64_t kTileChunks = kPairsTile / kPairsChunk;
 
 template <class T>
 struct PairsBlock {
@@ -26,69 +31,62 @@ struct PairsBlock {
         row(block * kPairsRows) {}
 };
 
-// B blocks at once, M tokens.
-template <class T, int64_t B, int M>
+// B blocks side by side, M tokens.
+template <class T, int B, int M>
 void pairs_blocks(PairsBlock<T> (&blocks)[B], int64_t chunks, const Tokens& tokens, int64_t m, int64_t rows,
                   const Output<T>& output) {
-  constexpr int kPairs = 2;
-  constexpr int kChains = M == 1 ? 2 : 1;
-  __m256 acc[B][kPairs][M][kChains];
+  __m256 acc[B][kBlockPairs][M];
   for (auto& block : acc) {
     for (auto& pair : block) {
-      for (auto& token : pair) {
-        for (auto& chain : token) chain = _mm256_setzero_ps();
-      }
+      for (auto& sum : pair) sum = _mm256_setzero_ps();
     }
   }
-  const auto step = [&](__m256 (&sums)[kPairs][M][kChains], const T* w, int64_t k, __m256i control0, __m256i control1,
-                        int shift) {
-#pragma GCC unroll 2
-    for (int p = 0; p < kPairs; ++p) {
-      const __m256i positions = p == 0 ? control0 : control1;
-      const __m256i first = _mm256_srli_epi32(positions, shift);
-      const __m256i second = _mm256_srli_epi32(positions, shift + 2);
-      const Chunk chunk = load(w + p * kChunk);
+  const auto chunk = [&](int64_t c, int i) {
+    const int64_t k = (c + i) * kPairsChunk;
 #pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) {
-        const float* x = tokens[m + j] + k;
-        sums[p][j][0] = _mm256_fmadd_ps(chunk.first, _mm256_permutevar_ps(_mm256_load_ps(x), first), sums[p][j][0]);
-        sums[p][j][kChains - 1] = _mm256_fmadd_ps(
-            chunk.second, _mm256_permutevar_ps(_mm256_load_ps(x + 8), second), sums[p][j][kChains - 1]);
+    for (int b = 0; b < B; ++b) {
+      const T* w = blocks[b].values + i * kBlockPairs * kChunk;
+      // With one token the streams are as many, and as fast, as the processor follows by itself.
+      if constexpr (M > 1) {
+        prefetch(w);
+        if constexpr (sizeof(T) == 4) prefetch(w + kChunk);
+      }
+#pragma GCC unroll 2
+      for (int p = 0; p < kBlockPairs; ++p) {
+        const __m256i positions = _mm256_loadu_si256(blocks[b].meta + p);
+        const __m256i first = _mm256_srli_epi32(positions, 4 * i);
+        const __m256i second = _mm256_srli_epi32(positions, 4 * i + 2);
+        const Chunk weights = load(w + p * kChunk);
+#pragma GCC unroll 4
+        for (int j = 0; j < M; ++j) {
+          const float* x = tokens[m + j] + k;
+          __m256& sum = acc[b][p][j];
+          sum = _mm256_fmadd_ps(weights.first, _mm256_permutevar_ps(_mm256_load_ps(x), first), sum);
+          sum = _mm256_fmadd_ps(weights.second, _mm256_permutevar_ps(_mm256_load_ps(x + 8), second), sum);
+        }
       }
     }
   };
-  const auto tile = [&](int b, int64_t c, int count) {
-    PairsBlock<T>& block = blocks[b];
-    const __m256i control0 = _mm256_loadu_si256(block.meta);
-    const __m256i control1 = _mm256_loadu_si256(block.meta + 1);
-    prefetch(block.meta);
-    block.meta += kPairs;
-    const auto chunk = [&](int i) {
-      prefetch(block.values);
-      if constexpr (sizeof(T) == 4) prefetch(block.values + kChunk);
-      step(acc[b], block.values, (c + i) * kChunk, control0, control1, 4 * i);
-      block.values += kPairs * kChunk;
-    };
-    if (M == 1 && count == 8) {
+  for (int64_t c = 0; c < chunks; c += kTileChunks) {
+    if (c + kTileChunks <= chunks) {
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) chunk(i);
+      for (int i = 0; i < kTileChunks; ++i) chunk(c, i);
     } else {
 #pragma GCC unroll 1
-      for (int i = 0; i < count; ++i) chunk(i);
+      for (int i = 0; i < chunks - c; ++i) chunk(c, i);
     }
-  };
-  for (int64_t c = 0; c < chunks; c += 8) {
-#pragma GCC unroll 2
-    for (int b = 0; b < B; ++b) tile(b, c, static_cast<int>(at_most(chunks - c, 8)));
+    for (PairsBlock<T>& block : blocks) {
+      if constexpr (M > 1) prefetch(block.meta);
+      block.values += kTileChunks * kBlockPairs * kChunk;
+      block.meta += kBlockPairs;
+    }
   }
-#pragma GCC unroll 2
   for (int b = 0; b < B; ++b) {
-    for (int p = 0; p < kPairs; ++p) {
+    for (int p = 0; p < kBlockPairs; ++p) {
       for (int j = 0; j < M; ++j) {
-        const auto& sums = acc[b][p][j];
-        const __m256 total = kChains == 2 ? _mm256_add_ps(sums[0], sums[kChains - 1]) : sums[0];
+        const __m256 sum = acc[b][p][j];
         alignas(16) float lanes[4];
-        _mm_store_ps(lanes, _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1)));
+        _mm_store_ps(lanes, _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)));
         const int64_t r = blocks[b].row + 2 * p;
         if (r < rows) output.put(m + j, r, lanes[0] + lanes[1]);
         if (r + 1 < rows) output.put(m + j, r + 1, lanes[2] + lanes[3]);
@@ -97,23 +95,36 @@ void pairs_blocks(PairsBlock<T> (&blocks)[B], int64_t chunks, const Tokens& toke
   }
 }
 
-// One token: two blocks at once, for two streams of whole pages keep more of the memory busy than one.
+// B blocks at once, so far apart that each is a stream of whole pages: several keep more of the memory busy than one.
+// Returns the first block that is left.
+template <class T, int B, int M, size_t... I>
+int64_t pairs_streams(const Matrix& matrix, const Tokens& tokens, int64_t begin, int64_t end, int64_t rows,
+                      const Output<T>& output, std::index_sequence<I...>) {
+  const int64_t apart = (end - begin) / B;
+  for (int64_t block = begin; block < begin + apart; ++block) {
+    PairsBlock<T> blocks[B] = {{matrix, block + static_cast<int64_t>(I) * apart}...};
+    pairs_blocks<T, B, M>(blocks, ceil_div(matrix.cols, kPairsChunk), tokens, 0, rows, output);
+  }
+  return begin + B * apart;
+}
+
 template <class T>
 void run_pairs(const Matrix& matrix, const void* prepared, int64_t first_token, int64_t count, int64_t first,
                int64_t last, void*) {
-  const int64_t chunks = ceil_div(matrix.cols, kPairsChunk);
   const Tokens tokens(prepared, matrix.cols);
   const Output<T> output(matrix, first_token);
-  const int64_t begin = first / kPairsRows, end = ceil_div(last, kPairsRows);
-  const int64_t apart = count == 1 ? (end - begin) / 2 : 0;
-  for (int64_t block = begin; block < begin + apart; ++block) {
-    PairsBlock<T> two[2] = {{matrix, block}, {matrix, block + apart}};
-    pairs_blocks<T, 2, 1>(two, chunks, tokens, 0, last, output);
+  const int64_t end = ceil_div(last, kPairsRows);
+  int64_t block = first / kPairsRows;
+  if (count == 1) {
+    block = pairs_streams<T, 4, 1>(matrix, tokens, block, end, last, output, std::make_index_sequence<4>());
   }
-  for (int64_t block = begin + 2 * apart; block < end; ++block) {
+  if (count == 2) {
+    block = pairs_streams<T, 2, 2>(matrix, tokens, block, end, last, output, std::make_index_sequence<2>());
+  }
+  for (; block < end; ++block) {
     for_token_groups(count, [&](auto m_count, int64_t m) {
       PairsBlock<T> one[1] = {{matrix, block}};
-      pairs_blocks<T, 1, m_count>(one, chunks, tokens, m, last, output);
+      pairs_blocks<T, 1, m_count>(one, ceil_div(matrix.cols, kPairsChunk), tokens, m, last, output);
     });
   }
 }

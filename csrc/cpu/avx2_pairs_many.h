@@ -46,7 +46,6 @@ template <class T, int V>
 [[gnu::noinline]] void pairs_strip(PairsTokens<T, V>& block, const PairsTokens<T, V>& next, const float* x,
                                    int64_t chunks) {
   constexpr int64_t kGroupBytes = kGroup * V * kLanes * sizeof(float);
-  constexpr int64_t kTileChunks = kPairsTile / kPairsChunk;
   const T *values = block.values, *next_values = next.values;
   const char* group = reinterpret_cast<const char*>(x);
   TileColumns<V> columns;
