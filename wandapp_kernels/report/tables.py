@@ -137,7 +137,7 @@ def task_scores(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def mean_score(scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """The unweighted mean of several tasks, as in the literature's tables; None where their metrics differ."""
     metrics = {score["metric"] for score in scores.values()}
-    if len(scores) < 2 or len(metrics) > 1:
+    if len(scores) < 2 or len(metrics) > 1 or any(score["value"] is None for score in scores.values()):
         return None
     value = sum(score["value"] for score in scores.values()) / len(scores)
     return {"metric": metrics.pop(), "value": value, "standard_error": None}
