@@ -113,6 +113,7 @@ def test_the_other_kinds_of_tasks(model, tokenizer, folder: Path) -> None:
         new = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
         assert request.resps == [tokenizer.decode(new, skip_special_tokens=True)]
     assert written.metric == "exact_match" and written.samples == 3
+    assert [where for where in seen if where[0] == "stream"] == [("stream", done, 3) for done in (1, 2, 3)]
     ends = {stage: (done, total) for stage, done, total in seen}
     assert ends == {"loading tasks": (3, 3), "greedy": (3, 3), "stream": (3, 3), "written": (3, 3)}
 
