@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRITON := $(VENV)/.triton
+HARNESS := $(VENV)/.lm-eval
 
 .PHONY: demo test lint bench quality tables h100 clean
 
@@ -17,7 +18,7 @@ demo: $(READY)
 	  --rounds 3 --report runs/demo
 	$(BIN)/wandapp generate runs/demo-small --prompt "The history of Rome" --max-new-tokens 40
 
-test: $(READY) $(TRITON)
+test: $(READY) $(TRITON) $(HARNESS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
@@ -65,4 +66,11 @@ $(READY): $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
 # 1 GB, and only tests need it: the Triton kernels, and CuTe's layouts to compare ours with.
 $(TRITON): $(READY)
 	$(BIN)/pip install --quiet --no-deps triton==3.9.0 nvidia-cutlass==4.2.0.0
+	touch $@
+
+# 0.3 GB: lm-evaluation-harness with what importing it and a task of local files need. All of the extra "eval" takes twice
+# the room and the time: scipy, scikit-learn, nltk and others are of metrics that no test uses.
+$(HARNESS): $(READY)
+	$(BIN)/pip install --quiet --no-deps lm-eval==0.4.13 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" pandas \
+	  "pyarrow>=24" xxhash sacrebleu lxml portalocker colorama tabulate python-dateutil pytz six
 	touch $@

@@ -14,6 +14,7 @@ from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.perplexity import context_length, evaluate
+from wandapp_kernels.evaluation.zero_shot import zero_shot
 from wandapp_kernels.models.checks import adapter_wrappers, refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
@@ -39,6 +40,7 @@ __all__ = [
     "save",
     "sparsify",
     "swiglu",
+    "zero_shot",
 ]
 
 

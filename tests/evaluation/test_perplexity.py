@@ -106,7 +106,7 @@ def test_rows_held_in_fp32_change_nothing(model, monkeypatch, rows):
 def test_the_default_batch_keeps_to_the_memory_limit(model, monkeypatch):
     shapes = []
     hook = model.register_forward_hook(lambda *args: shapes.append(tuple(args[-1].logits.shape)))
-    monkeypatch.setattr("wandapp_kernels.evaluation.perplexity._MAX_LOGITS", 2 * 8 * VOCABULARY)
+    monkeypatch.setattr("wandapp_kernels.evaluation.perplexity.MAX_LOGITS", 2 * 8 * VOCABULARY)
     perplexity(model, tokens(7 * 5), seqlen=8, bos_token_id=1)
     hook.remove()
     assert shapes == [(2, 8, VOCABULARY), (2, 8, VOCABULARY), (1, 8, VOCABULARY)]

@@ -161,6 +161,20 @@ def test_missing_parts_leave_no_empty_sections():
     Page(render({**report, "methods": []}))
 
 
+def test_every_task_and_their_mean_have_a_chart():
+    report = example()
+    for entry, value in zip([report["dense"], *report["methods"]], (0.6, 0.3, 0.4, None), strict=True):
+        score = {"metric": "acc", "value": value, "standard_error": 0.01}
+        entry["tasks"] = {"arc_easy": score, "rte": score} if value else {"arc_easy": score}
+    html = render(report)
+    page = Page(html)
+    assert "arc_easy acc, %" in page.text and "60.00 ± 1.00" in page.text
+    *_, easy, _rte, mean, _blocks = charts(html)
+    assert "dense 60.00" in texts(easy) and "not measured" in texts(easy)
+    assert {"30.00", "40.00"} <= set(texts(easy)) and {"30.00", "40.00"} <= set(texts(mean))
+    assert len(bars(easy)) == len(bars(mean)) == 2
+
+
 def test_warnings_are_listed_with_their_method():
     report = example()
     report["methods"][1]["warnings"] = ["3 dead channels in model.layers.0"]

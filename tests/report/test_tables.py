@@ -12,9 +12,11 @@ from wandapp_kernels.report.tables import (
     comparison_table,
     human_bytes,
     human_seconds,
+    mean_score,
     method_labels,
     number,
     percent,
+    score_text,
     table,
     width,
 )
@@ -157,3 +159,46 @@ def test_labels_differ():
     assert method_labels(same) == ["wanda", "ria", "wanda (2)"]
     mixed = {"methods": [method("wanda", 1), method("wanda", 1, "50%"), method("wanda", 1, "50%")]}
     assert method_labels(mixed) == ["wanda 2:4", "wanda 50%", "wanda 50% (2)"]
+
+
+# Tasks
+
+
+def scored(*values: float | None, metric: str = "acc") -> dict:
+    names = ("arc_easy", "rte", "wic")
+    return {
+        name: {"metric": metric, "value": value, "standard_error": 0.0098}
+        for name, value in zip(names, values, strict=False)
+    }
+
+
+def test_scores_are_in_per_cent_where_they_are_shares():
+    score = {"metric": "acc", "value": 0.652, "standard_error": 0.0098}
+    assert score_text(score) == "65.20 ± 0.98"
+    assert score_text({**score, "standard_error": None}) == "65.20"
+    assert score_text({**score, "metric": "exact_match,strict-match"}) == "65.20 ± 0.98"
+    assert score_text({**score, "metric": "bits_per_byte"}) == "0.65 ± 0.0098"
+    assert score_text(None) == score_text({**score, "value": None}) == "–"
+
+
+def test_a_comparison_has_a_column_for_every_task_and_their_mean():
+    report = {
+        "dense": {"perplexity": 10.0, "tasks": scored(0.6, 0.5, 0.4)},
+        "methods": [
+            {"method": "wanda", "perplexity": 20.0, "tasks": scored(0.4, 0.5, 0.3)},
+            {"method": "ria", "perplexity": 30.0, "tasks": scored(0.4)},
+        ],
+    }
+    headers, rows = comparison_rows(report)
+    assert headers[5:9] == ["arc_easy acc, %", "rte acc, %", "wic acc, %", "mean acc, %"]
+    assert [row[5:9] for row in rows] == [
+        ["60.00 ± 0.98", "50.00 ± 0.98", "40.00 ± 0.98", "50.00"],
+        ["40.00 ± 0.98", "50.00 ± 0.98", "30.00 ± 0.98", "40.00"],
+        ["40.00 ± 0.98", "–", "–", "–"],
+    ]
+    assert headers[9:] == ["time", "peak memory"]
+
+
+def test_one_task_or_different_metrics_have_no_mean():
+    assert mean_score(scored(0.5)) is None
+    assert mean_score({**scored(0.5), **{"stream": {"metric": "bits_per_byte", "value": 1.0}}}) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wandapp_kernels import __version__
-from wandapp_kernels.cli import checks
+from wandapp_kernels.cli import checks, task_options
 from wandapp_kernels.models.bundled import BUNDLED
 from wandapp_kernels.pruning.criteria import CRITERIA
 from wandapp_kernels.pruning.methods import METHODS
@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"wandapp {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _prune(_command(commands, "prune", "prune a model and write it to a folder"))
-    _eval(_command(commands, "eval", "perplexity of a model on held-out text"))
-    _compare(_command(commands, "compare", "prune with several methods and compare perplexity, time and memory"))
+    _eval(_command(commands, "eval", "perplexity of a model on held-out text, and accuracy on zero-shot tasks"))
+    _compare(_command(commands, "compare", "prune with several methods and compare perplexity, tasks, time and memory"))
     _inspect(_command(commands, "inspect", "sparsity and pattern of every layer in a folder"))
     from wandapp_kernels.cli import bench_linear, bench_model, convert, generate, tune  # they need this module's names
 
@@ -63,11 +63,12 @@ def _prune(command: argparse.ArgumentParser) -> None:
 
 def _eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=MODEL_HELP)
-    command.add_argument("--text", default="wiki", help=f"comma-separated: {TEXT_HELP} (default: %(default)s)")
+    command.add_argument("--text", help=f"comma-separated: {TEXT_HELP} (default: wiki; with --tasks none)")
     command.add_argument("--seqlen", type=int, help="window length (default: the context, at most 2048)")
-    command.add_argument("--tokens", type=int, default=16384, help="tokens of each text (default: %(default)s)")
-    command.add_argument("--split", default="evaluation", choices=("evaluation", "development"))
+    command.add_argument("--tokens", type=int, help="tokens of each text (default: 16384)")
+    command.add_argument("--split", choices=("evaluation", "development"), help="of the text (default: evaluation)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    task_options.add(command, "; alone they run without a text")
     _loading(command)
 
 
@@ -83,6 +84,7 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", default="wiki", help="evaluation texts, comma-separated; the first is ranked by")
     command.add_argument("--eval-seqlen", type=int, help="evaluation window (default: the context, at most 2048)")
     command.add_argument("--eval-tokens", type=int, default=16384, help="tokens of each text (default: %(default)s)")
+    task_options.add(command, ", on the dense model and after every method")
     _calibration(command)
     _composition(command)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
+from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from wandapp_kernels import api
@@ -14,26 +17,31 @@ from wandapp_kernels.checkpoint.atomic import check_target, write_text_atomic
 from wandapp_kernels.checkpoint.inspect import inspect_folder
 from wandapp_kernels.checkpoint.save import check_room_for, save_pruned, to_json
 from wandapp_kernels.checkpoint.work_folder import remove_work
-from wandapp_kernels.cli import checks
+from wandapp_kernels.cli import checks, task_options
 from wandapp_kernels.cli.bars import ProgressDisplay
 from wandapp_kernels.cli.method_options import changes, settings
 from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evaluation_tokens
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_texts
-from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, context_length
+from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, Perplexity, context_length
+from wandapp_kernels.evaluation.tasks import TaskSet
+from wandapp_kernels.evaluation.zero_shot import zero_shot
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel, load_model
 from wandapp_kernels.pruning.reports import PruneReport
-from wandapp_kernels.pruning.walk import device_name, versions
+from wandapp_kernels.pruning.walk import Progress, device_name, versions
 from wandapp_kernels.report.page import write_report
 from wandapp_kernels.report.tables import (
     comparison_table,
     format_inspection,
     human_bytes,
     human_seconds,
+    is_share,
+    mean_score,
     number,
     percent,
+    score_text,
 )
 from wandapp_kernels.runtime.swap import desparsify
 
@@ -84,17 +92,30 @@ def prune(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """``wandapp eval MODEL``"""
     device = checks.device(arguments.device)
+    with_text = arguments.text is not None or arguments.tasks is None
+    for name in ("seqlen", "tokens", "split"):
+        if not with_text and getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} is of a text, but with --tasks alone there is none; give --text too")
+    display = ProgressDisplay(arguments.quiet)
+    tasks = task_options.load(arguments, display)
     loaded = _load(arguments)
-    seqlen = _window(arguments.seqlen, loaded)
-    texts = _texts(arguments.text, loaded, arguments.split, arguments.tokens)
-    measured = score_texts(loaded, texts, seqlen, device)
+    measured: list[Perplexity] = []
+    if with_text:
+        seqlen = _window(arguments.seqlen, loaded)
+        tokens = 16384 if arguments.tokens is None else arguments.tokens
+        texts = _texts(
+            "wiki" if arguments.text is None else arguments.text, loaded, arguments.split or "evaluation", tokens
+        )
+        measured = score_texts(loaded, texts, seqlen, device)
     for result in measured:
         print(
             f"{result.source} ({result.split}): perplexity {number(result.value)} over {result.tokens} tokens "
             f"in windows of {result.seqlen}, text {result.text_hash}"
         )
-    if arguments.json:
-        texts_found = [
+    found = {
+        "model": arguments.model,
+        "perplexity": measured[0].value if measured else None,
+        "texts": [
             {
                 "text": m.source,
                 "split": m.split,
@@ -104,15 +125,38 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 "text_hash": m.text_hash,
             }
             for m in measured
-        ]
-        found = {
-            "model": arguments.model,
-            "perplexity": measured[0].value,
-            "texts": texts_found,
-            "versions": versions(),
-            "device": device_name(device),
-        }
+        ],
+        "versions": versions(),
+        "device": device_name(device),
+    }
+    if tasks is not None:
+        found["tasks"] = _run_tasks(loaded, tasks, device, display)
+    display.close()
+    if arguments.json:
         write_text_atomic(arguments.json, to_json(found))
+
+
+def _run_tasks(
+    loaded: LoadedModel, tasks: TaskSet, device: torch.device, display: ProgressDisplay
+) -> list[dict[str, Any]]:
+    """Print and return what the model scores."""
+    module: nn.Module = loaded.model
+    module.to(device)
+    results = zero_shot(
+        loaded.model,
+        _tokenizer(loaded),
+        tasks,
+        progress=lambda stage, done, total: display("eval", Progress(stage, done, total)),
+    )
+    display.close()
+    for result in results:
+        print(task_options.line(result))
+    found = [asdict(result) for result in results]
+    mean = mean_score({result["task"]: result for result in found})
+    if mean is not None:
+        unit = " %" if is_share(mean["metric"]) else ""
+        print(f"mean over {len(found)} tasks: {mean['metric']} {score_text(mean)}{unit}")
+    return found
 
 
 def compare_methods(arguments: argparse.Namespace) -> None:
@@ -128,6 +172,8 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
     settings(arguments, methods)
     device = checks.device(arguments.device)
+    display = ProgressDisplay(arguments.quiet)
+    tasks = task_options.load(arguments, display)
     loaded = _load(arguments)
     if arguments.save:
         check_room_for(loaded.model, arguments.save)
@@ -136,7 +182,6 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
     seqlen = _window(arguments.eval_seqlen, loaded, "--eval-seqlen")
     del loaded
-    display = ProgressDisplay(arguments.quiet)
     keeper = _BestModel(arguments, tokens)
 
     def done(name: str, value: float, seconds: float) -> None:
@@ -152,6 +197,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         tokens,
         texts,
         eval_seqlen=seqlen,
+        tasks=tasks,
         seed=arguments.seed,
         device=device,
         progress=display,

@@ -14,6 +14,8 @@ from torch import nn
 from wandapp_kernels.data.calibration import TokenSet, token_hash
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import Perplexity, perplexity
+from wandapp_kernels.evaluation.tasks import TaskSet
+from wandapp_kernels.evaluation.zero_shot import zero_shot
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.pruning.methods import build_all
 from wandapp_kernels.pruning.reports import PruneReport
@@ -51,6 +53,7 @@ def compare(
     texts: Sequence[EvaluationText],
     *,
     eval_seqlen: int,
+    tasks: TaskSet | None = None,
     seed: int = 0,
     device: torch.device,
     progress: Callable[[str, Progress], None] = lambda _method, _progress: None,
@@ -65,8 +68,10 @@ def compare(
     Args:
         load: gives the dense model anew; called once for the dense figures and once for each method, so that one model
             is in memory at a time.
+        tasks: what ``load_tasks`` returned, to run on the dense model and after every method.
         changes: to the methods, see ``build_all``.
-        progress: ``(method, where the walk is)``; done: ``(method, perplexity on the first text, pruning seconds)``.
+        progress: ``(method or dense, where the walk or a task is)``; done: ``(method, perplexity on the first text,
+            pruning seconds)``.
         pruned: called with each method's report, of which the result leaves out the layers, before it is evaluated.
         known: an earlier, partial result of the same comparison; what it holds is not measured again.
         keep: called with the result so far after each method, to resume from later.
@@ -75,16 +80,22 @@ def compare(
         ``{"model", "dense": {"perplexity", "perplexities"}, "methods": [{"method", "sparsity",
         "achieved_sparsity", "perplexity", "perplexities", "seconds", "cpu_seconds", "peak_memory_bytes",
         "settings", "blocks", "warnings"}], "seed", "text_hash", "versions", "calibration", "evaluation", "device"}``.
-        ``perplexity`` is on the first text; ``seconds`` is the pruning alone.
+        ``perplexity`` is on the first text; ``seconds`` is the pruning alone. With tasks ``dense`` and each method have
+        ``tasks`` too, ``{task: {"metric", "value", "standard_error", "metrics"}}``, and so has ``evaluation``.
 
     Raises:
         UsageError: before any work, when one of the methods is unknown or ``known`` was measured otherwise: another
-            calibration or evaluation text, seed, or settings of a method.
+            calibration or evaluation text, tasks, seed, or settings of a method.
     """
     settings = build_all(methods, sparsity, seed=seed, **changes)
     if known is not None:
-        _check_known(known, calibration, texts, eval_seqlen, seed, settings)
-    result = known or _dense_result(load(), calibration, texts, eval_seqlen, seed, device)
+        _check_known(known, calibration, texts, tasks, eval_seqlen, seed, settings)
+
+    def measure(name: str, loaded: LoadedModel) -> tuple[list[Perplexity], dict[str, Any]]:
+        measured = score_texts(loaded, texts, eval_seqlen, device)
+        return measured, _figures(measured) | _task_figures(loaded, tasks, partial(progress, name))
+
+    result = known or _dense_result(load(), measure, calibration, tasks, eval_seqlen, seed, device)
     done("dense", result["dense"]["perplexity"], 0.0)
     finished = {entry["method"] for entry in result["methods"]}
     for chosen in settings:
@@ -100,7 +111,7 @@ def compare(
             progress=partial(progress, chosen.method),
         )
         pruned(report)
-        entry = _entry(report, score_texts(loaded, texts, eval_seqlen, device))
+        entry = _entry(report, measure(chosen.method, loaded)[1])
         result["methods"].append(entry)
         keep(result)
         done(chosen.method, entry["perplexity"], report.seconds)
@@ -112,6 +123,7 @@ def _check_known(
     known: dict[str, Any],
     calibration: TokenSet,
     texts: Sequence[EvaluationText],
+    tasks: TaskSet | None,
     eval_seqlen: int,
     seed: int,
     settings: Sequence[PruneSettings],
@@ -126,6 +138,7 @@ def _check_known(
             [[text["text"], text["text_hash"]] for text in known["evaluation"]["texts"]],
             [[text.name, token_hash(text.ids)] for text in texts],
         ),
+        ("tasks", known["evaluation"].get("tasks", []), _task_identities(tasks)),
         *(
             (f"settings of {chosen.method}", found[chosen.method], json.loads(json.dumps(recorded_settings(chosen))))
             for chosen in settings
@@ -139,16 +152,17 @@ def _check_known(
 
 def _dense_result(
     dense: LoadedModel,
+    measure: Callable[[str, LoadedModel], tuple[list[Perplexity], dict[str, Any]]],
     calibration: TokenSet,
-    texts: Sequence[EvaluationText],
+    tasks: TaskSet | None,
     eval_seqlen: int,
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    measured = score_texts(dense, texts, eval_seqlen, device)
+    measured, figures = measure("dense", dense)
     return {
         "model": dense.name,
-        "dense": _figures(measured),
+        "dense": figures,
         "methods": [],
         "seed": seed,
         "text_hash": calibration.text_hash,
@@ -166,6 +180,7 @@ def _dense_result(
             "texts": [
                 {"text": m.source, "split": m.split, "tokens": m.tokens, "text_hash": m.text_hash} for m in measured
             ],
+            **({"tasks": _task_identities(tasks)} if tasks is not None else {}),
         },
     }
 
@@ -174,11 +189,32 @@ def _figures(measured: Sequence[Perplexity]) -> dict[str, Any]:
     return {"perplexity": measured[0].value, "perplexities": {m.source: m.value for m in measured}}
 
 
-def _entry(report: PruneReport, measured: Sequence[Perplexity]) -> dict[str, Any]:
+def _task_figures(
+    loaded: LoadedModel, tasks: TaskSet | None, progress: Callable[[Progress], None]
+) -> dict[str, dict[str, Any]]:
+    if tasks is None:
+        return {}
+    assert loaded.tokenizer is not None, "tasks are text"
+    kept = ("metric", "value", "standard_error", "metrics")
+    results = zero_shot(
+        loaded.model,
+        loaded.tokenizer,
+        tasks,
+        progress=lambda stage, done, total: progress(Progress(stage, done, total)),
+    )
+    found = {result.task: asdict(result) for result in results}
+    return {"tasks": {task: {key: result[key] for key in kept} for task, result in found.items()}}
+
+
+def _task_identities(tasks: TaskSet | None) -> list[dict[str, Any]]:
+    return [task.identity() for task in tasks.tasks] if tasks is not None else []
+
+
+def _entry(report: PruneReport, figures: dict[str, Any]) -> dict[str, Any]:
     recorded = asdict(report)
     kept = (
         *("method", "sparsity", "achieved_sparsity", "seconds", "cpu_seconds", "peak_memory_bytes"),
         *("settings", "warnings"),
     )
     blocks = [{key: value for key, value in block.items() if key != "layers"} for block in recorded["blocks"]]
-    return {**{key: recorded[key] for key in kept}, **_figures(measured), "blocks": blocks}
+    return {**{key: recorded[key] for key in kept}, **figures, "blocks": blocks}

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_SEQLEN = 2048
 
 # Logits of one batch of windows: 2^27 of them are 512 MiB in fp32.
-_MAX_LOGITS = 2**27
-_MAX_BATCH = 32
+MAX_LOGITS = 2**27
+MAX_BATCH = 32
 # Rows whose logits are held in fp32 at once, beside the model's own copy.
 _ROWS_IN_FP32 = 256
 
@@ -109,7 +109,7 @@ def perplexity(
             "tokenizer that belongs to the model"
         )
     if batch_size is None:
-        batch_size = max(1, min(_MAX_BATCH, _MAX_LOGITS // (seqlen * embedding.shape[0])))
+        batch_size = max(1, min(MAX_BATCH, MAX_LOGITS // (seqlen * embedding.shape[0])))
     if batch_size < 1:
         raise UsageError(f"the batch size must be at least 1, not {batch_size}; raise it")
 

@@ -44,7 +44,8 @@ class Progress:
     """Where the walk is.
 
     Attributes:
-        stage: ``writing`` (self-calibration), ``gradients`` (of the whole model) or ``block``.
+        stage: ``writing`` (self-calibration), ``gradients`` (of the whole model) or ``block``; while tasks run, their
+            names.
         loss: the regional optimiser's, when there is one.
     """
 

@@ -11,7 +11,15 @@ from wandapp_kernels.checkpoint.atomic import new_folder
 from wandapp_kernels.checkpoint.save import to_json
 from wandapp_kernels.report.charts import bar_chart, line_chart
 from wandapp_kernels.report.runtime import runtime_section
-from wandapp_kernels.report.tables import NOTHING, comparison_rows, method_labels, number, perplexities
+from wandapp_kernels.report.tables import (
+    NOTHING,
+    comparison_rows,
+    is_share,
+    method_labels,
+    number,
+    perplexities,
+    scored_columns,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5c6670; --rule: #d9dee3; --paper: #ffffff; --band: #f4f6f8;
@@ -54,8 +62,9 @@ def write_report(report: dict[str, Any], folder: str | Path, *, force: bool = Fa
         report: what a comparison found: ``model``, ``dense`` (``perplexity``: a number, or text -> number), ``methods``
             (``method``, ``sparsity``, ``perplexity``, ``perplexities``, ``seconds``, ``peak_memory_bytes``, ``blocks``
             with ``name`` and ``output_error``, ``warnings``), ``seed``, ``device``, ``versions``, ``calibration``,
-            ``evaluation``, ``text_hash``, ``command`` and ``runtime`` (what ``wandapp bench model`` found). All but
-            ``model``, ``dense`` and ``methods`` may be absent.
+            ``evaluation``, ``text_hash``, ``command`` and ``runtime`` (what ``wandapp bench model`` found); ``dense``
+            and each method may have ``tasks`` (task -> ``metric``, ``value``, ``standard_error``). All but ``model``,
+            ``dense`` and ``methods`` may be absent.
         folder: absent, empty, or (with ``force``) to be replaced.
 
     Raises:
@@ -72,6 +81,7 @@ def render(report: dict[str, Any]) -> str:
     sections = [
         f'<h1>{escape(title)}</h1>\n<p class="conditions">{escape(_conditions(report))}</p>',
         *_perplexity_charts(report),
+        *_task_charts(report),
         _table(report),
         runtime_section(report["runtime"]) if report.get("runtime") else "",
         _error_chart(report),
@@ -112,6 +122,19 @@ def _perplexity_charts(report: dict[str, Any]) -> Iterator[str]:
         heading = f"Perplexity on {text}" if text else "Perplexity"
         chart = bar_chart(f"{heading}; dense {number(base)}", values, ("dense", base))
         yield f'<h2>{escape(heading)}</h2>\n<p class="note">Lower is better.</p>\n{chart}'
+
+
+def _task_charts(report: dict[str, Any]) -> Iterator[str]:
+    for heading, scores in scored_columns(report):
+        dense, *others = [
+            None
+            if score is None or score["value"] is None
+            else score["value"] * (100 if is_share(score["metric"]) else 1)
+            for score in scores
+        ]
+        values = dict(zip(method_labels(report), others, strict=True))
+        chart = bar_chart(f"{heading}; dense {number(dense)}", values, ("dense", dense))
+        yield f"<h2>{escape(heading)}</h2>\n{chart}"
 
 
 def _table(report: dict[str, Any]) -> str:

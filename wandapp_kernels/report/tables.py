@@ -10,6 +10,9 @@ from typing import Any
 
 NOTHING = "–"
 
+# Metrics of lm-eval that lie between 0 and 1.
+_SHARES = ("acc", "acc_norm", "exact_match", "f1")
+
 _NUMERIC = re.compile(r"[-+]?(∞|[\d.][^:×]*)")
 
 
@@ -117,13 +120,60 @@ def human_seconds(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-# What `wandapp compare` and `wandapp inspect` found
+# What `wandapp compare`, `wandapp eval` and `wandapp inspect` found
 
 
 def perplexities(entry: dict[str, Any]) -> dict[str, float | None]:
     """Text -> perplexity of the dense model or of a method; a single number belongs to the text ``""``."""
     found = entry.get("perplexities") or entry.get("perplexity")
     return dict(found) if isinstance(found, dict) else {"": found}
+
+
+def task_scores(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task -> ``{"metric", "value", "standard_error", …}`` of the dense model or of a method; empty without tasks."""
+    return dict(entry.get("tasks") or {})
+
+
+def mean_score(scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The unweighted mean of several tasks, as in the literature's tables; None where their metrics differ."""
+    metrics = {score["metric"] for score in scores.values()}
+    if len(scores) < 2 or len(metrics) > 1 or any(score["value"] is None for score in scores.values()):
+        return None
+    value = sum(score["value"] for score in scores.values()) / len(scores)
+    return {"metric": metrics.pop(), "value": value, "standard_error": None}
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric of lm-eval lies between 0 and 1 and is read in per cent."""
+    return metric.partition(",")[0] in _SHARES
+
+
+def score_text(score: dict[str, Any] | None) -> str:
+    """A score and its standard error, in per cent where it is a share: 65.20 ± 0.98."""
+    if score is None or score["value"] is None:
+        return NOTHING
+    scale = 100 if is_share(score["metric"]) else 1
+    error = score.get("standard_error")
+    return number(scale * score["value"]) + ("" if error is None else f" ± {number(scale * error)}")
+
+
+def scored_columns(report: dict[str, Any]) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """A heading for every task, and for their mean, with the scores of the dense model and of each method."""
+    entries = [report["dense"], *report["methods"]]
+    found = [task_scores(entry) for entry in entries]
+    columns: list[tuple[str, list[dict[str, Any] | None]]] = [
+        (_score_heading(task, score["metric"]), [scores.get(task) for scores in found])
+        for task, score in found[0].items()
+    ]
+    mean = mean_score(found[0])
+    if mean is not None:
+        same = [mean_score(scores) if scores.keys() == found[0].keys() else None for scores in found]
+        columns.append((_score_heading("mean", mean["metric"]), same))
+    return columns
+
+
+def _score_heading(task: str, metric: str) -> str:
+    return f"{task} {metric}" + (", %" if is_share(metric) else "")
 
 
 def method_labels(report: dict[str, Any]) -> list[str]:
@@ -149,13 +199,15 @@ def comparison_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     dense = perplexities(report["dense"])
     texts = list(dense)
     headers = ["method", "pattern", "zeros", *(f"perplexity {text}".strip() for text in texts)]
-    headers += ["× dense", "time", "peak memory"]
-    rows = [_comparison_row("dense", report["dense"], dense, dense)]
-    for entry in report["methods"]:
+    scored = scored_columns(report)
+    headers += ["× dense", *(heading for heading, _ in scored), "time", "peak memory"]
+    rows = [_comparison_row("dense", report["dense"], dense, dense, [scores[0] for _, scores in scored])]
+    for position, entry in enumerate(report["methods"], start=1):
         found = perplexities(entry)
         if set(found) == {""}:
             found = {texts[0]: found[""]}
-        rows.append(_comparison_row(str(entry["method"]), entry, found, dense))
+        here = [scores[position] for _, scores in scored]
+        rows.append(_comparison_row(str(entry["method"]), entry, found, dense, here))
     return headers, rows
 
 
@@ -165,7 +217,11 @@ def comparison_table(report: dict[str, Any], markdown: bool = False) -> str:
 
 
 def _comparison_row(
-    name: str, entry: dict[str, Any], found: dict[str, float | None], dense: dict[str, float | None]
+    name: str,
+    entry: dict[str, Any],
+    found: dict[str, float | None],
+    dense: dict[str, float | None],
+    scores: Sequence[dict[str, Any] | None],
 ) -> list[str]:
     first = next(iter(dense))
     here, there = found.get(first), dense[first]
@@ -177,6 +233,7 @@ def _comparison_row(
         percent(entry.get("achieved_sparsity")),
         *(number(found.get(text)) for text in dense),
         number(ratio),
+        *map(score_text, scores),
         human_seconds(entry.get("seconds")),
         human_bytes(entry.get("peak_memory_bytes")),
     ]
