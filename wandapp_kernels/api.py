@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import ModelError, UsageError
-from wandapp_kernels.evaluation.perplexity import context_length, evaluate
+from wandapp_kernels.evaluation.perplexity import evaluate
 from wandapp_kernels.models.checks import adapter_wrappers, refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
@@ -94,8 +94,6 @@ def prune(
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration, device="cpu")
     names = as_patterns(ignore)
     settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
-    _check_tokens(model, ids)
-    ids = ids.long()
     check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None), work=work)
@@ -133,20 +131,3 @@ def save(
     write = save_compressed if any(sparse_layers(model)) else save_pruned
     record = report.to_dict() if isinstance(report, PruneReport) else dict(report or {})
     write(model, tokenizer, Path(folder), record, force=force)
-
-
-def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
-        raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
-    if ids.shape[1] < 2:
-        raise UsageError("calibration samples have 1 token, which predicts nothing; give longer ones")
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    vocabulary = getattr(embedding, "num_embeddings", None)
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise UsageError(
-            f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
-            f"{vocabulary}; use the model's own tokenizer"
-        )
-    context = context_length(model) if isinstance(model, PreTrainedModel) else None
-    if context is not None and ids.shape[1] > context:
-        raise UsageError(f"calibration samples have {ids.shape[1]} tokens, but the model's context is {context}")
