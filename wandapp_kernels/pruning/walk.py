@@ -23,6 +23,7 @@ from wandapp_kernels.errors import ModelError, NonFiniteError
 from wandapp_kernels.models.blocks import Decoder, find_decoder
 from wandapp_kernels.models.capture import BlockCalls, capture
 from wandapp_kernels.models.checks import require_tokens
+from wandapp_kernels.models.inference import leave_inference_mode
 from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning.block import BlockForward, BlockPruner
 from wandapp_kernels.pruning.criteria import CRITERIA
@@ -55,6 +56,7 @@ class Progress:
     loss: float | None = None
 
 
+@torch.inference_mode(False)  # methods with gradients switch them on, which has no effect in it
 def prune_blocks(
     model: nn.Module,
     token_ids: torch.Tensor,
@@ -64,7 +66,9 @@ def prune_blocks(
     progress: Callable[[Progress], None] = lambda _: None,
     work: str | Path | None = None,
 ) -> PruneReport:
-    """Prune ``model`` in place.
+    """Prune ``model`` in place, also in a caller's ``torch.no_grad()`` or ``torch.inference_mode()``.
+
+    A model that was made in inference mode has plain Parameters afterwards.
 
     Args:
         model: a decoder-only causal language model; its weights stay where they are, one block at a time is worked on.
@@ -83,7 +87,8 @@ def prune_blocks(
         return Times.now() - start
 
     require_tokens(model, token_ids)
-    token_ids = token_ids.long()
+    token_ids = token_ids.long().clone()  # those of inference mode cannot be saved for a gradient
+    leave_inference_mode(model)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = find_decoder(model)
     memory = PeakMemory(device)
