@@ -27,6 +27,7 @@ from wandapp_kernels.checkpoint.format import DTYPE_NAMES
 from wandapp_kernels.checkpoint.save import read_record
 from wandapp_kernels.errors import ModelError, UsageError, WandappError
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
+from wandapp_kernels.models.experts import run_in_float64
 
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece*.model")
@@ -101,6 +102,7 @@ def load_model(
             if folder is not None:
                 _require_weights(name, folder, config)
             model = _model(name, source, folder, config, wanted, where)
+        run_in_float64(model)
         words = _tokenizer(name, source, folder, where) if tokenizer else None
     return LoadedModel(model.eval(), words, name, folder)
 

@@ -23,6 +23,7 @@ from wandapp_kernels.errors import ModelError, NonFiniteError
 from wandapp_kernels.models.blocks import Decoder, find_decoder
 from wandapp_kernels.models.capture import BlockCalls, capture
 from wandapp_kernels.models.checks import require_tokens
+from wandapp_kernels.models.experts import run_in_float64
 from wandapp_kernels.models.inference import leave_inference_mode
 from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning.block import BlockForward, BlockPruner
@@ -89,6 +90,7 @@ def prune_blocks(
     require_tokens(model, token_ids)
     token_ids = token_ids.long().clone()  # those of inference mode cannot be saved for a gradient
     leave_inference_mode(model)
+    run_in_float64(model)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = find_decoder(model)
     memory = PeakMemory(device)
