@@ -19,7 +19,7 @@ from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
 from wandapp_kernels.models.names import as_patterns
-from wandapp_kernels.pruning.methods import build_settings
+from wandapp_kernels.pruning.methods import build_all
 from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import Progress, prune_blocks
 from wandapp_kernels.runtime.folder import save_compressed
@@ -75,9 +75,9 @@ def prune(
         What was done to every layer, and what it cost.
 
     Raises:
-        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape, range or length, a swapped
-            model, one with adapters, something that is no module, an ``ignore`` that is no layer's name, a ``work``
-            folder of another run.
+        UsageError: an unknown method, an impossible sparsity, a change that the method has no use for, token ids of the
+            wrong shape, range or length, a swapped model, one with adapters, something that is no module, an ``ignore``
+            that is no layer's name, a ``work`` folder of another run.
         CheckpointError: the ``work`` folder cannot be used.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
@@ -93,7 +93,7 @@ def prune(
         )
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration, device="cpu")
     names = as_patterns(ignore)
-    settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
+    (settings,) = build_all([method], sparsity, seed=seed, ignore=names, **changes)
     check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None), work=work)
