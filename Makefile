@@ -1,4 +1,5 @@
-# Everything runs in .venv, made once and reused. TORCH=... picks another torch build (a CUDA one, for example).
+# Everything runs in .venv, made once and reused. TORCH=... picks another torch build (a CUDA one, for example), PYTHON=...
+# another Python.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -44,6 +45,19 @@ h100:
 clean:
 	rm -rf $(VENV) build *.egg-info wandapp_kernels/*.so wandapp_kernels/backends/cuda/cubins
 
+# A Python that is asked for by name replaces .venv if that has another version; the torch stays what it was.
+ifneq ($(origin PYTHON),file)
+TAG := -c 'import sys; print(sys.implementation.cache_tag)'
+THERE := $(shell $(BIN)/python $(TAG) 2>/dev/null)
+ifneq ($(THERE),$(and $(THERE),$(shell $(PYTHON) $(TAG))))
+.PHONY: $(VENV)/.torch
+CLEAR := --clear
+ifeq ($(origin TORCH),file)
+TORCH := $(or $(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
+endif
+endif
+endif
+
 # A torch that is asked for by name replaces another one that .venv was made with.
 ifneq ($(origin TORCH),file)
 ifneq ($(TORCH),$(shell cat $(VENV)/.torch 2>/dev/null))
@@ -52,7 +66,7 @@ endif
 endif
 
 $(VENV)/.torch: requirements-bundled.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
 	echo "$(TORCH)" > $@

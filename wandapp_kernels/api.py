@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import ModelError, UsageError
-from wandapp_kernels.evaluation.perplexity import context_length, evaluate
+from wandapp_kernels.evaluation.perplexity import evaluate
 from wandapp_kernels.evaluation.zero_shot import zero_shot
 from wandapp_kernels.models.checks import adapter_wrappers, refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
 from wandapp_kernels.models.names import as_patterns
-from wandapp_kernels.pruning.methods import build_settings
+from wandapp_kernels.pruning.methods import build_all
 from wandapp_kernels.pruning.reports import PruneReport
 from wandapp_kernels.pruning.walk import Progress, prune_blocks
 from wandapp_kernels.runtime.folder import save_compressed
@@ -77,9 +77,9 @@ def prune(
         What was done to every layer, and what it cost.
 
     Raises:
-        UsageError: an unknown method, an impossible sparsity, token ids of the wrong shape, range or length, a swapped
-            model, one with adapters, something that is no module, an ``ignore`` that is no layer's name, a ``work``
-            folder of another run.
+        UsageError: an unknown method, an impossible sparsity, a change that the method has no use for, token ids of the
+            wrong shape, range or length, a swapped model, one with adapters, something that is no module, an ``ignore``
+            that is no layer's name, a ``work`` folder of another run.
         CheckpointError: the ``work`` folder cannot be used.
         ModelError: no decoder blocks, or a layout that is not understood.
         NonFiniteError: a weight, activation or gradient is NaN or infinite; names the module and the count.
@@ -95,9 +95,7 @@ def prune(
         )
     ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration, device="cpu")
     names = as_patterns(ignore)
-    settings = build_settings(method, sparsity, seed=seed, ignore=names, **changes)
-    _check_tokens(model, ids)
-    ids = ids.long()
+    (settings,) = build_all([method], sparsity, seed=seed, ignore=names, **changes)
     check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None), work=work)
@@ -135,20 +133,3 @@ def save(
     write = save_compressed if any(sparse_layers(model)) else save_pruned
     record = report.to_dict() if isinstance(report, PruneReport) else dict(report or {})
     write(model, tokenizer, Path(folder), record, force=force)
-
-
-def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
-        raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
-    if ids.shape[1] < 2:
-        raise UsageError("calibration samples have 1 token, which predicts nothing; give longer ones")
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    vocabulary = getattr(embedding, "num_embeddings", None)
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise UsageError(
-            f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
-            f"{vocabulary}; use the model's own tokenizer"
-        )
-    context = context_length(model) if isinstance(model, PreTrainedModel) else None
-    if context is not None and ids.shape[1] > context:
-        raise UsageError(f"calibration samples have {ids.shape[1]} tokens, but the model's context is {context}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from cuda_problem import CACHED
 from fake_cupy import Gpu, install
 
@@ -21,3 +22,10 @@ def gpu(monkeypatch, tmp_path) -> Iterator[Gpu]:
     yield install(monkeypatch)
     for cached in CACHED:
         cached.cache_clear()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

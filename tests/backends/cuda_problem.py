@@ -14,6 +14,7 @@ CACHED = (
     launcher._kernel,
     launcher._cupy_stream,
     launcher._cupy_missing,
+    launcher._not_compiled,
     launcher.multiprocessors,
     launcher.shared_memory,
 )

@@ -95,7 +95,7 @@ class _Stream:
         self.gpu.active_stream = None
 
 
-class _Nvrtc(types.ModuleType):
+class Nvrtc(types.ModuleType):
     def __init__(self, gpu: Gpu):
         super().__init__("nvrtc")
         self.gpu = gpu
@@ -145,7 +145,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         driver=types.SimpleNamespace(launchKernel=gpu.launch),
     )
     libs: Any = types.ModuleType("cupy_backends.cuda.libs")
-    libs.nvrtc = _Nvrtc(gpu)
+    libs.nvrtc = Nvrtc(gpu)
     for name in ("cupy_backends", "cupy_backends.cuda"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libs)

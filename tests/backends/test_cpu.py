@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("wandapp_kernels._cpu", reason="the compiled CPU kernels are missing")
+
+from cpu_runs import check, run
 
 from tests.csrc_cpu.cpu_cases import EPSILON, TYPES, make_case, two_four_mask
 from wandapp_kernels import _cpu, dispatch
@@ -42,37 +41,6 @@ PAIRS = [
 def use_variant():
     yield compiled.use_variant
     compiled.use_variant(None)
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def in_a_forked_child(passes: Callable[[], bool]) -> int:
-    """The exit status of a child: 0 where ``passes()`` is true there. A child that hangs is ended by an alarm."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(60)
-            status = 0 if passes() else 1
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def check(case, outputs) -> None:
-    error = (outputs.double() - case.exact()).abs()
-    assert bool((error <= case.allowed()).all()), (case.layout, case.shape, case.x.shape, error.max())
-
-
-def run(case, bias: bool = True) -> torch.Tensor:
-    outputs = compiled.linear(case.layout, case.x, [(case.tensors, case.bias if bias else None, case.shape)])
-    assert outputs is not None
-    return outputs[0]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -117,42 +85,6 @@ def test_calls_from_several_threads_at_once(two_threads):
     for worker in workers:
         worker.join()
     assert len(right) == 100 * len(cases) and all(right)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_child_computes_too(two_threads):
-    torch.set_num_threads(2)
-    case = make_case("bitmap", torch.float32, 1, 900, 576)
-    want = run(case)
-    assert in_a_forked_child(lambda: torch.equal(run(case), want)) == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_child_ends_whatever_happens_in_it():
-    def fails() -> bool:
-        raise RuntimeError("in the child")
-
-    assert in_a_forked_child(lambda: False) == in_a_forked_child(fails) == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_child_forked_before_the_kernels_are_loaded_leaves_openmp_alone():
-    script = (
-        "import os, signal, torch, wandapp_kernels\n"
-        "torch.set_num_threads(2)\n"
-        "torch.ones(4000, 1000).sum(0)  # the parent's OpenMP has threads\n"
-        "x, weight = torch.ones(1, 1024), torch.eye(1024)  # in the child torch itself would hang\n"
-        "child = os.fork()\n"
-        "if child:\n"
-        "    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-        "signal.alarm(60)\n"
-        "from wandapp_kernels.backends.cpu import compiled\n"
-        "assert compiled._cpu.parallel_backend() == 'own'\n"
-        "outputs = compiled.linear('dense', x, [([weight], None, (1024, 1024))])\n"
-        "assert torch.equal(outputs[0], x)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", [cpu.NM, cpu.BITMAP, cpu.WINDOWS, cpu.DENSE], ids=lambda backend: backend.name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sys
 
 import pytest
-from fake_cupy import Gpu, install
+from fake_cupy import Gpu, Nvrtc, install
 
 from wandapp_kernels.backends.cuda import ahead, compiler
 from wandapp_kernels.errors import KernelError
@@ -92,9 +94,37 @@ def test_a_source_that_does_not_compile_shows_the_log(folder, gpu):
 
 
 def test_without_cupy_the_extra_is_named(folder, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "cupy_backends.cuda.libs", None)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
     with pytest.raises(KernelError, match=r"wandapp_kernels\[cuda13\]"):
         compiler.compiled("twice", (9, 0))
+
+
+def broken(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda m: m.setitem(sys.modules, "cupy_backends.cuda.libs", None), r"wandapp_kernels\[cuda13\]"),
+        (lambda m: m.setattr(Nvrtc, "getVersion", broken(RuntimeError("libnvrtc.so.13:\nno such file"))), "NVRTC does"),
+        (lambda m: m.setattr(Nvrtc, "getSupportedArchs", broken(AttributeError("x"))), "NVRTC does not load"),
+        (lambda m: m.setattr(Nvrtc, "getSupportedArchs", lambda nvrtc: (100,)), r"capability 9\.0"),
+        (lambda m: m.setenv(compiler.NO_JIT, "1"), r"\$WANDAPP_NO_JIT forbids"),
+    ],
+)
+def test_what_cannot_be_compiled_is_known_before(folder, gpu, monkeypatch, damage, words):
+    assert compiler.why_not((9, 0)) is None
+    damage(monkeypatch)
+    reason = compiler.why_not((9, 0))
+    assert re.search(words, reason) and "\n" not in reason
+    compiler.AHEAD.mkdir()
+    (compiler.AHEAD / ahead.fatbin_name(folder, "twice")).write_bytes(b"")
+    assert compiler.why_not((9, 0)) is None
+    assert not gpu.compilations
 
 
 def test_nvcc_compiles_what_changed_and_drops_what_is_stale(folder, monkeypatch, tmp_path):

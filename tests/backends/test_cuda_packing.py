@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cuda_problem import nm_weight, pointers
 
-from wandapp_kernels.backends.cuda import launcher
+from wandapp_kernels.backends.cuda import CudaBitmapBackend, CudaNMBackend, compiler, launcher
 from wandapp_kernels.backends.cuda.bitmap_layout import BitmapMmaLayout
 from wandapp_kernels.backends.cuda.fragment_layout import FragmentLayout
+from wandapp_kernels.backends.problem import problem_for
 from wandapp_kernels.errors import KernelError, SparsityError
+from wandapp_kernels.sparsity import Pattern
 from wandapp_kernels.sparsity.bitmap_weight import BitmapWeight
 from wandapp_kernels.sparsity.nm_weight import NMWeight
 
@@ -39,6 +44,28 @@ def test_packing_launches(gpu, gpu_weights):
     assert list(decompressed.arguments) == [*pointers(values, metadata, whole), 70, 130]
     assert (back.values.shape, back.indices.shape) == (weight.values.shape, weight.indices.shape)
     assert (whole.shape, whole.dtype) == ((70, 130), torch.float16)
+
+
+def test_without_nvrtc_torch_packs(gpu, monkeypatch):
+    """CuPy is there, but the kernels were not compiled ahead and its NVRTC does not load."""
+    monkeypatch.setattr(compiler, "AHEAD", Path("nowhere"))
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
+    why_not = launcher.why_not
+    monkeypatch.setattr(launcher, "why_not", lambda device, dtype: why_not("cuda:0", dtype))
+    dense = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)).half()
+    dense.view(-1, 4)[:, 2:] = 0
+    pattern = Pattern.parse("2:4")
+    for layout, weight in (
+        (FragmentLayout(), NMWeight.compress(dense, pattern="2:4")),
+        (BitmapMmaLayout(), BitmapWeight.compress(dense)),
+    ):
+        tensors = layout.pack(weight)
+        assert torch.equal(layout.unpack(tensors, (16, 128), pattern).values, weight.values)
+        assert torch.equal(layout.decompress(tensors, (16, 128), pattern), dense)
+    for backend in (CudaNMBackend(), CudaBitmapBackend()):
+        problem = problem_for(16, 128, "2:4", 1, torch.float16, "cuda:0")
+        assert "wandapp_kernels[cuda13]" in backend.supports(problem)
+    assert not gpu.launches
 
 
 def test_packing_refuses_what_does_not_fit_before_the_launch(gpu, gpu_weights):

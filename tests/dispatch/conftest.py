@@ -17,6 +17,7 @@ from wandapp_kernels.tuning import measure as measuring
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """An empty cache, only torch's dense product, and short measurements."""
     monkeypatch.setenv("WANDAPP_CACHE", str(tmp_path))
+    backends.load_backends()  # a module that is imported later would register its backends here, for this test only
     dense = base.BACKENDS["dense"]
     registry: dict[str, Backend] = {"dense": dense}
     unavailable: dict[str, str] = {}

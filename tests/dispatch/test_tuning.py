@@ -4,10 +4,12 @@ import json
 import os
 import stat
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import pytest
 import torch
 
 import wandapp_kernels.backends as backends
-from tests.fake_backends import PROBLEM, Fake, add, at, remember
+from tests.fake_backends import PROBLEM, Fake, FakeLayout, add, at, remember
 from wandapp_kernels import dispatch
 from wandapp_kernels.backends import base
 from wandapp_kernels.errors import UsageError
+from wandapp_kernels.ops.layouts import register_layout
 from wandapp_kernels.sparsity import BitmapWeight
 from wandapp_kernels.tuning import measure as measuring
 from wandapp_kernels.tuning.store import Measurement, Store, key
@@ -149,7 +152,53 @@ def test_calls_walk_through_copies_larger_than_the_cache(monkeypatch: pytest.Mon
     weight = 64 * 32 * 4 // 2 + 64 * 4
     monkeypatch.setattr(measuring, "last_level_cache", lambda device: weight)
     dispatch.tune([PROBLEM], seconds=0.0)
-    assert len(places) == 4  # three copies, and the weight that was checked
+    assert len(places) == 3  # the weight that was checked, and two copies
+
+
+class Counted(FakeLayout):
+    """Counts the bytes of its packed weights that are held when one more is made."""
+
+    def __init__(self, name: str, alive: list[tuple[weakref.ref[torch.Tensor], int]], most: list[int]):
+        self.name, self.alive, self.most = name, alive, most
+
+    def pack(self, weight: Any) -> list[torch.Tensor]:
+        made = [tensor.clone() for tensor in super().pack(weight)]
+        self.alive += [(weakref.ref(tensor), tensor.nbytes) for tensor in made]
+        self.most.append(sum(size for tensor, size in self.alive if tensor() is not None))
+        return made
+
+
+@pytest.mark.parametrize(("held", "together"), [(0, 1), (1.6, 2), (2.2, 3), (100, 4)])
+def test_packed_forms_of_a_large_weight_are_not_all_held(
+    held: float, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = 64 * 32 * 4
+    form = dense // 2 + 64 * 4
+    alive: list[tuple[weakref.ref[torch.Tensor], int]] = []
+    most: list[int] = []
+    for number in range(4):
+        register_layout(Counted(f"counted-{number}", alive, most))
+        add(Fake(f"c{number}-nm", f"counted-{number}", wait=1e-3 * number))
+    monkeypatch.setattr(measuring, "HELD_BYTES", held * dense)
+    monkeypatch.setattr(measuring, "last_level_cache", lambda device: dense // 4)
+    rounds: list[set[str]] = []
+    medians = measuring._medians
+    monkeypatch.setattr(measuring, "_medians", lambda turns, *rest: rounds.append(set(turns)) or medians(turns, *rest))
+    found = dispatch.tune([PROBLEM], seconds=0.0)[PROBLEM]
+    assert max(most) == together * form
+    assert {f"c{number}-nm" for number in range(4)} | {"dense"} <= found.times_us.keys()
+    assert rounds[0] >= {"dense", "c0-nm"} and set().union(*rounds) == found.times_us.keys()
+    assert len(rounds) == -(-4 // together)
+
+
+def test_what_a_group_before_beats_by_far_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(*[10.0] * measuring.MAX_ROUNDS)
+    monkeypatch.setattr(measuring, "_time", lambda calls, device: seen.append(1) or clock(calls, device))
+    for before, rounds in ({"dense": 0.9}, 2), ({"dense": 4.0}, measuring.MIN_ROUNDS), ({}, measuring.MAX_ROUNDS):
+        seen: list[int] = []
+        clock.times = [10.0] * measuring.MAX_ROUNDS
+        assert measuring._medians({"a-nm": cycle(["winner"])}, "cpu", 9.0, before) == {"a-nm": 10.0}  # type: ignore[dict-item]
+        assert len(seen) == rounds
 
 
 class Clock:
@@ -165,7 +214,7 @@ class Clock:
 def test_one_disturbance_at_the_start_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for disturbed in ((10.0, 9000.0), (9000.0, 10.0)):
         monkeypatch.setattr(measuring, "_time", Clock(*disturbed, *[10.0] * measuring.MAX_ROUNDS))
-        found = measuring._medians({"dense": ["other"], "a-nm": ["winner"]}, "cpu", 0.0)  # type: ignore[list-item]
+        found = measuring._medians({"dense": cycle(["other"]), "a-nm": cycle(["winner"])}, "cpu", 0.0)  # type: ignore[list-item]
         assert found == {"dense": 100.0, "a-nm": 10.0}
 
 
@@ -206,7 +255,7 @@ def test_a_gpu_that_is_not_the_current_one_is_timed_by_its_own_stream(used: list
 def test_calls_take_the_copies_in_turn(device: str, calls: int) -> None:
     seen: list[int] = []
     copies: list[Any] = [partial(seen.append, number) for number in range(4)]
-    measuring._medians({"a-nm": copies}, device, 0.0)
+    measuring._medians({"a-nm": cycle(copies)}, device, 0.0)
     assert seen == [number % 4 for number in range(calls * measuring.MIN_ROUNDS)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,6 +195,12 @@ def test_callbacks_follow_the_work(calibration: TokenSet, texts: list[Evaluation
         ("wanda++rgs", regional["perplexity"], regional["seconds"]),
     ]
     assert wanda["settings"]["ignore"] == ("down_proj",) and wanda["sparsity"] == "50%"
+
+
+def test_tokens_of_another_vocabulary_are_refused(calibration: TokenSet, texts: list[EvaluationText]) -> None:
+    foreign = replace(calibration, ids=calibration.ids + 10**6)
+    with pytest.raises(UsageError, match="outside the vocabulary of"):
+        run(foreign, texts, ("wanda",))
 
 
 def test_wrong_requests_fail_before_any_model_is_loaded(calibration: TokenSet, texts: list[EvaluationText]) -> None:

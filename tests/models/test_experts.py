@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_model, token_ids
 from torch import nn
 
 from wandapp_kernels.errors import ModelError
 from wandapp_kernels.models.blocks import stacked_parameters
 from wandapp_kernels.models.experts import LinearExperts, linearise
+from wandapp_kernels.models.load import load_model
 
 _GROUPED: dict[str, Any] = {
     "vocab_size": 64,
@@ -190,3 +192,12 @@ def test_weights_that_are_not_finite_are_left_to_those_who_read_them() -> None:
     known.down_proj[1, 0, 0] = float("nan")
     replacement, _ = linearise(known, "experts")
     assert replacement.get_parameter("1.down_proj.weight")[0, 0].isnan()
+
+
+def test_a_folder_loaded_in_fp64_runs(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype="float64").model
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(token_ids(2, 6)).logits.float(), model(token_ids(2, 6)).logits)
+    assert model.config._experts_implementation != "eager"  # elsewhere the faster one is kept

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants as hub_constants
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from model_folders import SMALL, edit_config, edit_weights, llama, refused, same_weights, shard
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -25,72 +19,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
 
-from wandapp_kernels.errors import ModelError, UsageError, WandappError
+from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.models.load import load_model
-
-SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
-Weights = dict[str, torch.Tensor]
-
-
-def llama(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1, max_position_embeddings=32, **options))
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bfloat16 model with a tokenizer, in one file."""
-    folder = tmp_path_factory.mktemp("models") / "original"
-    llama().to(torch.bfloat16).save_pretrained(folder)
-    core = Tokenizer(WordLevel({"<unk>": 0, "one": 1, "two": 2}, unk_token="<unk>"))
-    core.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy of `original` to damage."""
-    return Path(shutil.copytree(original, tmp_path / "model"))
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No network, and an empty hub cache at the path returned."""
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def refused(name: Path | str, pattern: str, kind: type[WandappError] = ModelError, **options: Any) -> None:
-    with pytest.raises(kind, match=pattern) as caught:
-        load_model(str(name), **options)
-    assert "\n" not in str(caught.value)
-
-
-def edit_config(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def edit_weights(folder: Path, change: Callable[[Weights], object]) -> None:
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    change(weights)
-    save_file(weights, file, metadata={"format": "pt"})
-
-
-def same_weights(model: PreTrainedModel, expected: PreTrainedModel) -> bool:
-    theirs = expected.state_dict()
-    return all(torch.equal(weight, theirs[key]) for key, weight in model.state_dict().items())
 
 
 def test_a_folder_comes_back_exactly(original: Path) -> None:
@@ -139,18 +75,6 @@ def test_dtype(original: Path, dtype: str | torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", ["int8", torch.int8, torch.float8_e4m3fn, "half", ""])
 def test_dtype_refused(original: Path, dtype: str | torch.dtype) -> None:
     refused(original, "choose auto, float16, bfloat16, float32, float64", UsageError, dtype=dtype)
-
-
-def test_tokenizer_absent_or_unwanted(original: Path, folder: Path) -> None:
-    assert load_model(str(original), tokenizer=False).tokenizer is None
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    assert load_model(str(folder)).tokenizer is None
-
-
-def test_tokenizer_broken(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{")
-    refused(folder, "the tokenizer of .* cannot be loaded")
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
@@ -276,13 +200,6 @@ def test_broken_config(folder: Path) -> None:
     refused(folder, r"config\.json of .* cannot be used")
 
 
-def shard(folder: Path) -> dict[str, Any]:
-    """Split the model in `folder` and return its index."""
-    (folder / "model.safetensors").unlink()
-    llama().to(torch.bfloat16).save_pretrained(folder, max_shard_size="4KB")
-    return json.loads((folder / "model.safetensors.index.json").read_text())
-
-
 def write_index(folder: Path, index: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -350,57 +267,3 @@ def test_names_that_are_no_model(tmp_path: Path, original: Path) -> None:
     refused(original / "config.json", "is a file, not a model folder")
     refused(" ", "name is empty", UsageError)
     refused(original, "only meaningful for a model of the hub", UsageError, revision="main")
-
-
-@pytest.mark.parametrize("name", ["organisation/model", "gpt9", "not a name!", "organisation/"])
-def test_hub_out_of_reach(offline: Path, name: str) -> None:
-    refused(name, r"give a local folder or a bundled model \(smollm2-135m, glass-0\.9m, glass-0\.9m-pt\)")
-
-
-def in_hub_cache(hub: Path, original: Path, shards: bool = False) -> Path:
-    """Lay `original` out as the hub's cache does for organisation/tiny: links from a snapshot to blobs."""
-    repository = hub / "models--organisation--tiny"
-    commit = "0123456789" * 4
-    snapshot = repository / "snapshots" / commit
-    shutil.copytree(original, snapshot)
-    if shards:
-        shard(snapshot)
-    (repository / "blobs").mkdir()
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    for number, file in enumerate(sorted(snapshot.iterdir())):
-        blob = repository / "blobs" / str(number)
-        shutil.move(file, blob)
-        file.symlink_to(os.path.relpath(blob, snapshot))
-    return snapshot
-
-
-@pytest.mark.parametrize("shards", [False, True])
-def test_hub_id_already_downloaded(offline: Path, original: Path, shards: bool) -> None:
-    snapshot = in_hub_cache(offline, original, shards)
-    loaded = load_model("organisation/tiny", revision="main")
-    assert (loaded.name, loaded.folder) == ("organisation/tiny", None)
-    assert same_weights(loaded.model, llama().to(torch.bfloat16))
-    assert loaded.tokenizer is not None and loaded.tokenizer("one").input_ids == [1]
-    # The same files given as a folder: their links lead out of it, to the cache's own blobs.
-    assert load_model(str(snapshot)).folder == snapshot
-    refused("organisation/tiny", "not found on the model hub", revision="another")
-
-
-def test_hub_model_is_checked_too(offline: Path, original: Path) -> None:
-    snapshot = in_hub_cache(offline, original)
-    edit_weights(snapshot, lambda weights: weights.pop("model.norm.weight"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        refused("organisation/tiny", r"lacks 1 weight \(model\.norm\.weight\)")
-    edit_config(snapshot, quantization_config={"quant_method": "awq"})
-    refused("organisation/tiny", r"already quantised \(awq\)")
-
-
-def test_a_folder_in_the_current_one_wins_over_the_hub(
-    offline: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder.parent)
-    loaded = load_model(folder.name)
-    assert loaded.folder == Path(folder.name)
-    assert same_weights(loaded.model, llama().to(torch.bfloat16))

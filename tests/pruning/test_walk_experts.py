@@ -202,3 +202,16 @@ def test_the_optimizer_moves_experts_and_leaves_the_router(arch: str) -> None:
         mine, theirs = model.model.layers[index].mlp, plain.model.layers[index].mlp
         assert torch.equal(mine.gate.weight, dense.model.layers[index].mlp.gate.weight)
         assert all(not torch.equal(a, b) for a, b in zip(mine.experts.down_proj, theirs.experts.down_proj, strict=True))
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("method", ["wanda", "gblm"])
+def test_experts_in_fp64(arch: str, method: str) -> None:
+    """torch's grouped product, with which transformers runs experts, takes none."""
+    expected, model = moe(arch), moe(arch).double()
+    prune(expected, method)
+    prune(model, method)
+    assert model.dtype == torch.float64 and model(IDS).logits.isfinite().all()
+    pairs = [(weight == 0, wide == 0) for weight, wide in zip(expected.parameters(), model.parameters(), strict=True)]
+    assert sum(int(zeros.sum()) for zeros, _ in pairs) > 10_000
+    assert sum(int((zeros != wide).sum()) for zeros, wide in pairs) < 10  # scores that are close

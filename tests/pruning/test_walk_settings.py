@@ -344,7 +344,7 @@ def test_changes_to_the_optimizer_go_to_the_methods_that_have_one() -> None:
     assert (full.optimizer.samples, full.optimizer.absolute_lr) == (7, 3e-7)
     both = build_all(["wanda", "wanda++"], "2:4", optimizer={"samples": 7}, regional_optimizer=True)
     assert [settings.optimizer.samples for settings in both] == [7, 7]
-    with pytest.raises(UsageError, match="samples belong to the regional optimiser"):
+    with pytest.raises(UsageError, match="samples belongs to the regional optimiser"):
         build_all(["wanda", "ria"], "2:4", optimizer={"samples": 7})
     with pytest.raises(UsageError, match="'wandda'"):
         build_all(["wanda", "wandda"], "2:4")

@@ -102,6 +102,40 @@ def test_copies_and_what_outlives_the_model_say_what_was_true_last() -> None:
     assert len(entry.to_dict()["layers"]) == 20 and is_compressed({"quantization_config": entry.to_dict()})
 
 
+@pytest.mark.parametrize("inner", ["model", "model.layers", "model.layers.1", "model.layers.1.mlp"])
+@pytest.mark.parametrize("save", ["save_pretrained", "wk.save"])
+def test_an_inner_module_is_swapped_and_the_outer_one_is_saved(inner: str, save: str, tmp_path: Path) -> None:
+    model = pruned_model("llama", ("2:4",))
+    assert wk.sparsify(model.get_submodule(inner)).swapped
+    if save == "wk.save":
+        wk.save(model, None, tmp_path / "out")
+    else:
+        model.save_pretrained(tmp_path / "out")
+    ids, names = token_ids(1, 6), [name for name, _ in sparse_layers(model)]
+    assert all(name.startswith(inner) for name in names)
+    for again in (wk.load(tmp_path / "out").model, AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        assert [name for name, _ in sparse_layers(again)] == names
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_inner_model_is_swapped_again_or_saved_on_its_own(tmp_path: Path) -> None:
+    model = pruned_model("llama", ("2:4",))
+    wk.sparsify(model)
+    wk.sparsify(model.model)
+    model.model.save_pretrained(tmp_path / "inner")
+    model.save_pretrained(tmp_path / "outer")
+    layers = {
+        part: json.loads((tmp_path / part / "config.json").read_text())["quantization_config"]["layers"]
+        for part in ("inner", "outer")
+    }
+    assert layers["outer"] == {f"model.{name}": form for name, form in layers["inner"].items()}
+    wk.load(tmp_path / "outer")
+    wk.desparsify(model.model)
+    model.save_pretrained(tmp_path / "dense")
+    assert not any(sparse_layers(wk.load(tmp_path / "dense").model))
+
+
 @pytest.mark.parametrize("swapped", [True, False])
 def test_adapters_are_not_written_where_nothing_reads_them(swapped: bool, tmp_path: Path) -> None:
     model = pruned_model("llama", ("2:4",))

@@ -75,6 +75,12 @@ def _eval(command: argparse.ArgumentParser) -> None:
 def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=MODEL_HELP)
     command.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="keep finished methods and blocks here until the end: the same command goes on after them",
+    )
+    command.add_argument(
         "--methods", default="magnitude,wanda,sparsegpt,wanda++,best", help="comma-separated (default: %(default)s)"
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html and report.json")

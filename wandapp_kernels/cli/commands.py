@@ -19,6 +19,7 @@ from wandapp_kernels.checkpoint.save import check_room_for, save_pruned, to_json
 from wandapp_kernels.checkpoint.work_folder import remove_work
 from wandapp_kernels.cli import checks, task_options
 from wandapp_kernels.cli.bars import ProgressDisplay
+from wandapp_kernels.cli.comparison_work import ComparisonWork, has_begun
 from wandapp_kernels.cli.method_options import changes, settings
 from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evaluation_tokens
 from wandapp_kernels.errors import ModelError, UsageError
@@ -163,14 +164,17 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     """``wandapp compare MODEL --methods …``"""
     for folder in (arguments.out, arguments.save):
         if folder:
-            check_target(folder, arguments.force)
+            # An earlier attempt may have saved a model already.
+            check_target(folder, arguments.force or (folder is arguments.save and has_begun(arguments.work)))
+        if folder and arguments.work:
+            checks.apart({"--out" if folder is arguments.out else "--save": folder, "--work": arguments.work})
     checks.spares(arguments.model, {"--out": arguments.out, "--save": arguments.save})
     if arguments.out and arguments.save:
         checks.apart({"--out": arguments.out, "--save": arguments.save})
     methods = [method.strip() for method in arguments.methods.split(",") if method.strip()]
     if not methods:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
-    settings(arguments, methods)
+    chosen = settings(arguments, methods)
     device = checks.device(arguments.device)
     display = ProgressDisplay(arguments.quiet)
     tasks = task_options.load(arguments, display)
@@ -183,6 +187,12 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     seqlen = _window(arguments.eval_seqlen, loaded, "--eval-seqlen")
     del loaded
     keeper = _BestModel(arguments, tokens)
+    kept: dict[str, Any] = {}
+    if arguments.work:
+        work = ComparisonWork(arguments, chosen, tokens, texts, seqlen, device)
+        arguments.kept = f"the same command goes on from {arguments.work}"
+        kept = {"known": work.known(), "keep": work.keep, "work": work.blocks}
+        keeper.resume(kept["known"])
 
     def done(name: str, value: float, seconds: float) -> None:
         display.line(
@@ -204,6 +214,7 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         done=done,
         pruned=keeper.pruned,
         ignore=tuple(arguments.ignore),
+        **kept,
         **changes(arguments),
     )
     display.close()
@@ -212,6 +223,8 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         write_report(report, arguments.out, force=arguments.force)
     if arguments.json:
         write_text_atomic(arguments.json, to_json(report))
+    if arguments.work:
+        remove_work(arguments.work)
     print(comparison_table(report))
     if arguments.out:
         print(f"\nreport: {arguments.out / 'report.html'}")
@@ -231,6 +244,20 @@ class _BestModel:
         self._report: PruneReport | None = None
         self._lowest = math.inf
         self.best: str | None = None
+
+    def resume(self, known: dict[str, Any] | None) -> None:
+        """Take up what an earlier attempt has finished, and saved."""
+        found = {entry["method"]: entry["perplexity"] for entry in (known or {}).get("methods", [])}
+        finite = {method: perplexity for method, perplexity in found.items() if perplexity < math.inf}
+        if not self._arguments.save or not finite:
+            return
+        if not self._arguments.save.is_dir():
+            raise UsageError(
+                f"{self._arguments.save}, which an earlier attempt saved, is gone; delete {self._arguments.work} to "
+                "start again"
+            )
+        self.best = min(finite, key=finite.__getitem__)
+        self._lowest = finite[self.best]
 
     def load(self) -> LoadedModel:
         self._latest = None  # one model in memory at a time
@@ -252,7 +279,8 @@ class _BestModel:
         force = asked.force or self.best is not None
         with quiet_transformers():
             save_pruned(self._latest.model, self._latest.tokenizer, asked.save, recorded, force=force)
-        asked.kept = f"{asked.save} holds the model of {method}"
+        if not asked.work:
+            asked.kept = f"{asked.save} holds the model of {method}"
         self.best, self._lowest = method, perplexity
 
 

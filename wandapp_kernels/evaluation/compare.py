@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from wandapp_kernels.checkpoint.work_folder import remove_work
 from wandapp_kernels.data.calibration import TokenSet, token_hash
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.evaluation.perplexity import Perplexity, perplexity
@@ -61,6 +63,7 @@ def compare(
     pruned: Callable[[PruneReport], None] = lambda _report: None,
     known: dict[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda _result: None,
+    work: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Prune a freshly loaded model with every method and evaluate it.
@@ -75,6 +78,7 @@ def compare(
         pruned: called with each method's report, of which the result leaves out the layers, before it is evaluated.
         known: an earlier, partial result of the same comparison; what it holds is not measured again.
         keep: called with the result so far after each method, to resume from later.
+        work: folder for the finished blocks of the method at work, which a killed one goes on after.
 
     Returns:
         ``{"model", "dense": {"perplexity", "perplexities"}, "methods": [{"method", "sparsity",
@@ -98,23 +102,27 @@ def compare(
     result = known or _dense_result(load(), measure, calibration, tasks, eval_seqlen, seed, device)
     done("dense", result["dense"]["perplexity"], 0.0)
     finished = {entry["method"] for entry in result["methods"]}
-    for chosen in settings:
+    for position, chosen in enumerate(settings):
         if chosen.method in finished:
             continue  # equal names mean the same composition, given twice
         finished.add(chosen.method)
         loaded = load()
+        blocks = None if work is None else work / f"{position:02}"
         report = prune_blocks(
             loaded.model,
             calibration.ids,
             chosen,
             device=device,
             progress=partial(progress, chosen.method),
+            work=blocks,
         )
         pruned(report)
         entry = _entry(report, measure(chosen.method, loaded)[1])
         result["methods"].append(entry)
-        keep(result)
         done(chosen.method, entry["perplexity"], report.seconds)
+        keep(result)  # the last: what is kept is not done again
+        if blocks is not None:
+            remove_work(blocks)
         del loaded
     return result
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from wandapp_kernels.data.calibration import evaluation_tokens, token_hash
 from wandapp_kernels.data.sources import Split
 from wandapp_kernels.errors import NonFiniteError, TextError, UsageError
+from wandapp_kernels.models.checks import context_length as context_length
 from wandapp_kernels.models.checks import require_module
 
 if TYPE_CHECKING:
@@ -45,11 +46,6 @@ class Perplexity:
     text_hash: str
     source: str = ""
     split: str = ""
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model's configuration allows, or None where it names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def perplexity(

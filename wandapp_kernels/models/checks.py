@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from wandapp_kernels.errors import UsageError
 
@@ -37,3 +39,26 @@ def refuse_adapters(model: nn.Module) -> None:
             f"{name} has an adapter, which would be pruned too; merge it (merge_and_unload), or prune the model "
             "first and add it then"
         )
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model's configuration allows, or None where it names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_tokens(model: nn.Module, ids: torch.Tensor) -> None:
+    """Raise UsageError for what are no calibration tokens of the model: ``[samples, tokens]``, in its vocabulary."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
+        raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
+    if ids.shape[1] < 2:
+        raise UsageError("calibration samples have 1 token, which predicts nothing; give longer ones")
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    vocabulary = getattr(embedding, "num_embeddings", None)
+    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise UsageError(
+            f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
+            f"{vocabulary}; use the model's own tokenizer"
+        )
+    context = context_length(model) if isinstance(model, PreTrainedModel) else None
+    if context is not None and ids.shape[1] > context:
+        raise UsageError(f"calibration samples have {ids.shape[1]} tokens, but the model's context is {context}")

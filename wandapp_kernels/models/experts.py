@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .blocks import stacked_parameters
@@ -117,6 +118,14 @@ def linearise(experts: nn.Module, name: str) -> tuple[LinearExperts, dict[str, S
         for parameter in (matrix, f"{matrix}_bias"):
             experts._parameters.pop(parameter, None)
     return replacement, slices
+
+
+def run_in_float64(model: nn.Module) -> None:
+    """Let fused experts in fp64 be called one after the other: torch's grouped product, the default, takes no fp64."""
+    wide = (p for module in model.modules() for p in stacked_parameters(module).values() if p.dtype == torch.float64)
+    grouped = getattr(getattr(model, "config", None), "_experts_implementation", None) == "grouped_mm"
+    if grouped and isinstance(model, PreTrainedModel) and next(wide, None) is not None:
+        model.set_experts_implementation("eager")
 
 
 def as_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

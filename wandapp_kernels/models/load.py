@@ -27,6 +27,7 @@ from wandapp_kernels.checkpoint.format import DTYPE_NAMES
 from wandapp_kernels.checkpoint.save import read_record
 from wandapp_kernels.errors import ModelError, UsageError, WandappError
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
+from wandapp_kernels.models.experts import run_in_float64
 
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece*.model")
@@ -101,7 +102,8 @@ def load_model(
             if folder is not None:
                 _require_weights(name, folder, config)
             model = _model(name, source, folder, config, wanted, where)
-        words = _tokenizer(name, source, folder, where) if tokenizer else None
+        run_in_float64(model)
+        words = _tokenizer(name, source, folder, config, where) if tokenizer else None
     return LoadedModel(model.eval(), words, name, folder)
 
 
@@ -265,15 +267,32 @@ def _compressed_model(
         raise ModelError(f"{name} cannot be loaded ({_first_line(error)}); check the folder's files") from error
 
 
-def _tokenizer(name: str, source: str, folder: Path | None, where: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(
+    name: str, source: str, folder: Path | None, config: PreTrainedConfig, where: dict[str, Any]
+) -> PreTrainedTokenizerBase | None:
     if folder is not None and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, **where)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **where)
     except Exception as error:
         raise ModelError(
             f"the tokenizer of {name} cannot be loaded ({_first_line(error)}); put the right files beside the model"
         ) from error
+    # Where its files are missing, transformers makes a tokenizer of special tokens only, and says nothing.
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise ModelError(
+            f"the tokenizer of {name} ({type(tokenizer).__name__}) knows no words: the file with its vocabulary is "
+            "missing; put tokenizer.json (or tokenizer.model, or vocab.json with merges.txt) beside the model"
+        )
+    begin = getattr(config, "bos_token_id", None)
+    described = folder is None or (folder / "tokenizer_config.json").is_file()
+    if tokenizer.bos_token_id is None and begin is not None and not described:
+        warnings.warn(
+            f"{name} has no tokenizer_config.json, so that its tokenizer knows no token to begin a text with, which "
+            f"config.json says is {begin}: figures will differ; put the file beside the model",
+            stacklevel=3,
+        )
+    return tokenizer
 
 
 def _listed(keys: Sequence[str]) -> str:

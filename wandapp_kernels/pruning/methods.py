@@ -8,6 +8,7 @@ from typing import Any
 
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.pruning.criteria import CRITERIA
+from wandapp_kernels.pruning.options import Spell, check_optimised, check_rates, check_used
 from wandapp_kernels.pruning.settings import OptimizerSettings, PruneSettings
 from wandapp_kernels.pruning.updates import UPDATES
 from wandapp_kernels.sparsity import Pattern
@@ -125,21 +126,28 @@ def build_settings(
     )
 
 
-def build_all(methods: Sequence[str], sparsity: str | float | Pattern, **changes: Any) -> list[PruneSettings]:
+def build_all(
+    methods: Sequence[str], sparsity: str | float | Pattern, *, spell: Spell = str, **changes: Any
+) -> list[PruneSettings]:
     """Settings of several methods, the same changes to all; those to the regional optimiser (``preset``, ``optimizer``)
     go to the methods that use it.
 
+    Args:
+        spell: gives a change the name that errors call it by.
+
     Raises:
-        UsageError: as ``build_settings``, also where no method uses the regional optimiser that was changed.
+        UsageError: as ``build_settings``; or a change that none of the methods uses, or two of the learning rate.
     """
+    check_rates(changes, spell)
     others = {name: value for name, value in changes.items() if name not in ("preset", "optimizer")}
     plain = [build_settings(method, sparsity, **others) for method in methods]
-    if not any(settings.optimizer for settings in plain):
-        return [build_settings(method, sparsity, **changes) for method in methods]
-    return [
+    check_optimised(changes, plain, spell)
+    found = [
         build_settings(method, sparsity, **changes) if settings.optimizer else settings
         for method, settings in zip(methods, plain, strict=True)
     ]
+    check_used(changes, found, spell)
+    return found
 
 
 def _name(method: str, composed: Method, pattern: Pattern) -> str:

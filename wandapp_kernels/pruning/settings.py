@@ -104,6 +104,8 @@ class PruneSettings:
             raise UsageError(f"self_calibration is {self.self_calibration} tokens; give 0 or more")
         if not 0 <= self.alpha < math.inf:
             raise UsageError(f"alpha is {self.alpha:g}; it weighs the gradient and must be a number from 0 up")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UsageError(f"seed is {self.seed}, but must be a number of at most 64 bits")
 
 
 def recorded_settings(settings: PruneSettings) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from wandapp_kernels.data.calibration import token_hash
 from wandapp_kernels.errors import ModelError, NonFiniteError
 from wandapp_kernels.models.blocks import Decoder, find_decoder
 from wandapp_kernels.models.capture import BlockCalls, capture
+from wandapp_kernels.models.checks import require_tokens
+from wandapp_kernels.models.experts import run_in_float64
+from wandapp_kernels.models.inference import leave_inference_mode
 from wandapp_kernels.models.workspace import BlockWorkspace
 from wandapp_kernels.pruning.block import BlockForward, BlockPruner
 from wandapp_kernels.pruning.criteria import CRITERIA
@@ -55,6 +58,7 @@ class Progress:
     loss: float | None = None
 
 
+@torch.inference_mode(False)  # methods with gradients switch them on, which has no effect in it
 def prune_blocks(
     model: nn.Module,
     token_ids: torch.Tensor,
@@ -64,16 +68,19 @@ def prune_blocks(
     progress: Callable[[Progress], None] = lambda _: None,
     work: str | Path | None = None,
 ) -> PruneReport:
-    """Prune ``model`` in place.
+    """Prune ``model`` in place, also in a caller's ``torch.no_grad()`` or ``torch.inference_mode()``.
+
+    A model that was made in inference mode has plain Parameters afterwards.
 
     Args:
         model: a decoder-only causal language model; its weights stay where they are, one block at a time is worked on.
-        token_ids: calibration tokens, int64 ``[samples, tokens]``.
+        token_ids: calibration tokens, integers ``[samples, tokens]``.
         device: where a block is worked on; CUDA when there is one, else the CPU.
         work: folder that keeps finished blocks. One of the same run is gone on with, to the same weights; it is left.
 
     Raises:
         CheckpointError, UsageError: the work folder cannot be used, or is that of another run.
+        UsageError: the tokens are none of the model's, see `require_tokens`.
         ModelError, NonFiniteError: see ``find_decoder`` and ``statistics``; the model is then partly pruned.
     """
     start = Times.now()
@@ -81,6 +88,10 @@ def prune_blocks(
     def elapsed() -> Times:
         return Times.now() - start
 
+    require_tokens(model, token_ids)
+    token_ids = token_ids.long().clone()  # those of inference mode cannot be saved for a gradient
+    leave_inference_mode(model)
+    run_in_float64(model)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = find_decoder(model)
     memory = PeakMemory(device)

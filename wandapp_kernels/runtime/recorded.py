@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from typing import Any
 
@@ -66,11 +67,45 @@ def record_layers(model: nn.Module) -> None:
     config = getattr(owner, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return
-    if any(isinstance(module, SparseLinear) for module in owner.modules()):
+    if _is_swapped(owner):
         config.quantization_config = CompressedLayers(owner)
-    elif _is_ours(getattr(config, "quantization_config", None)):
+        for inner in owner.modules():
+            own = getattr(inner, "config", None)
+            if own is not config and isinstance(own, PreTrainedConfig):
+                _forget(own)  # one entry, at the top of config.json
+    else:
+        _forget(config)
+
+
+def _is_swapped(model: nn.Module) -> bool:
+    return any(isinstance(module, SparseLinear) for module in model.modules())
+
+
+def _forget(config: PreTrainedConfig) -> None:
+    entry = getattr(config, "quantization_config", None)
+    if getattr(entry, "quant_method", None) == METHOD or is_compressed({"quantization_config": entry}):
         del config.quantization_config
 
 
-def _is_ours(entry: Any) -> bool:
-    return getattr(entry, "quant_method", None) == METHOD or is_compressed({"quantization_config": entry})
+def _record_when_saved() -> None:
+    """Let ``save_pretrained`` record the layers of the very model that is saved.
+
+    A module does not know what it is part of: where an inner one was swapped (``model.model``, one block), only the
+    call that saves the outer one says what the names are relative to. And it writes the config before it asks any
+    layer for its tensors, so that nothing but the call itself comes in time.
+    """
+    save = PreTrainedModel.save_pretrained
+    if hasattr(save, "_records_layers"):
+        return
+
+    @functools.wraps(save)
+    def save_recorded(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if _is_swapped(self):
+            record_layers(self)
+        return save(self, *args, **kwargs)
+
+    save_recorded._records_layers = True  # type: ignore[attr-defined]
+    PreTrainedModel.save_pretrained = save_recorded  # type: ignore[method-assign]
+
+
+_record_when_saved()

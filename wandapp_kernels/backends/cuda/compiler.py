@@ -11,11 +11,27 @@ from typing import Any
 
 from filelock import FileLock
 
-from wandapp_kernels.backends.cuda.ahead import AHEAD, fatbin_name, headers, source_folder, source_hash
+from wandapp_kernels.backends.cuda.ahead import AHEAD, fatbin_name, headers, source_folder, source_hash, sources
 from wandapp_kernels.cache import cache_dir
 from wandapp_kernels.errors import KernelError
 
 NO_JIT = "WANDAPP_NO_JIT"
+
+
+def why_not(capability: tuple[int, int]) -> str | None:
+    """None when every kernel was compiled ahead, or can be for a GPU of ``capability``; else the reason in a sentence.
+
+    It is asked before anything is compiled, so that a layer is given to another backend: inside a product, or while a
+    weight is packed, it would be too late.
+    """
+    folder = source_folder()
+    if all((AHEAD / fatbin_name(folder, name)).exists() for name in sources(folder)):
+        return None
+    try:
+        _find_nvrtc(capability)
+    except KernelError as error:
+        return str(error)
+    return None
 
 
 def compiled(name: str, capability: tuple[int, int]) -> Path:
@@ -31,24 +47,11 @@ def compiled(name: str, capability: tuple[int, int]) -> Path:
     ahead = AHEAD / fatbin_name(source_folder(), name)
     if ahead.exists():
         return ahead
-    if os.environ.get(NO_JIT):
-        raise KernelError(
-            f"CUDA kernel {name!r} was not compiled when the package was installed, and ${NO_JIT} forbids compiling it "
-            "now: unset it, or install with nvcc on the PATH"
-        )
     return _compile_at_first_use(name, capability)
 
 
 def _compile_at_first_use(name: str, capability: tuple[int, int]) -> Path:
-    nvrtc = _nvrtc()
-    try:
-        version, supported = nvrtc.getVersion(), list(nvrtc.getSupportedArchs())
-    except Exception as error:
-        raise KernelError(
-            f"CUDA kernel {name!r} cannot be compiled: NVRTC does not load ({error}); install nvcc and this package "
-            'again, or pip install "cupy-cuda13x[ctk]"'
-        ) from error
-    architecture, is_binary = target(capability, supported)
+    nvrtc, version, architecture, is_binary = _find_nvrtc(capability)
     folder = source_folder()
     stem = f"{name}-{source_hash(folder, name)}-{architecture}-nvrtc{version[0]}.{version[1]}"
     result = cache_dir() / "cuda" / f"{stem}.{'cubin' if is_binary else 'ptx'}"
@@ -73,14 +76,31 @@ def target(capability: tuple[int, int], supported: list[int]) -> tuple[str, bool
     return f"compute_{max(older)}", False
 
 
-def _nvrtc() -> Any:
+def _find_nvrtc(capability: tuple[int, int]) -> tuple[Any, tuple[int, int], str, bool]:
+    """NVRTC, its version, and its `target`.
+
+    Raises:
+        KernelError: it is forbidden, not there, does not load, or is too old for the GPU.
+    """
+    if os.environ.get(NO_JIT):
+        raise KernelError(
+            f"the CUDA kernels were not compiled when the package was installed, and ${NO_JIT} forbids compiling them "
+            "now: unset it, or install with nvcc on the PATH"
+        )
     try:
         from cupy_backends.cuda.libs import nvrtc
     except ImportError as error:
         raise KernelError(
             f'CUDA kernels are launched through CuPy: pip install "wandapp_kernels[cuda13]" ({error})'
         ) from error
-    return nvrtc
+    try:
+        version, supported = nvrtc.getVersion(), list(nvrtc.getSupportedArchs())
+    except Exception as error:
+        raise KernelError(
+            f"the CUDA kernels cannot be compiled: NVRTC does not load ({' '.join(str(error).split())}); install nvcc "
+            'and this package again, or pip install "cupy-cuda13x[ctk]"'
+        ) from error
+    return nvrtc, version, *target(capability, supported)
 
 
 def _run_nvrtc(nvrtc: Any, folder: Path, name: str, architecture: str, is_binary: bool) -> bytes:

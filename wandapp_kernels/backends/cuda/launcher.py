@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wandapp_kernels.backends.cuda.compiler import compiled
+from wandapp_kernels.backends.cuda import compiler
 from wandapp_kernels.errors import KernelError
 
 OLDEST_CAPABILITY = (8, 0)  # cp.async, mma.m16n8k16 on bfloat16, mma.sp
@@ -42,7 +42,12 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
         return "the CUDA kernels need an NVIDIA GPU, and this torch is built for ROCm"
     if (capability := torch.cuda.get_device_capability(device)) < OLDEST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is too old: the CUDA kernels need 8.0"
-    return _cupy_missing()
+    return _cupy_missing() or _not_compiled(capability)
+
+
+@lru_cache(maxsize=16)
+def _not_compiled(capability: tuple[int, int]) -> str | None:
+    return compiler.why_not(capability)
 
 
 @lru_cache(maxsize=1)
@@ -99,7 +104,7 @@ class _Kernel:
     def __init__(self, source: str, name: str, device: int, arguments: int):
         import cupy
 
-        path = compiled(source, torch.cuda.get_device_capability(device))
+        path = compiler.compiled(source, torch.cuda.get_device_capability(device))
         with torch.cuda.device(device):  # the module is loaded into this device's context
             self.loaded = cupy.RawModule(path=str(path)).get_function(name)
             # A limit, not a reservation: every launch says what it uses. What the kernel declares itself counts too.
