@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Any
 from wandapp_kernels.integrations.after_import import after_import
 
 if TYPE_CHECKING:
-    from wandapp_kernels.api import SparseLinear, desparsify, evaluate, load, prune, save, sparsify, swiglu
+    from wandapp_kernels.api import SparseLinear, desparsify, evaluate, finetune, load, prune, save, sparsify, swiglu
 
 __version__ = "0.1.0"
 
-__all__ = ["SparseLinear", "__version__", "desparsify", "evaluate", "load", "prune", "save", "sparsify", "swiglu"]
+__all__ = [
+    "SparseLinear",
+    "__version__",
+    "desparsify",
+    "evaluate",
+    "finetune",
+    "load",
+    "prune",
+    "save",
+    "sparsify",
+    "swiglu",
+]
 
 
 # Whether this process was forked after the import of the package. The compiled kernels watch for forks themselves, but

@@ -1,4 +1,4 @@
-"""The Python face: load, prune, evaluate, save, and swap dense layers for sparse ones and back."""
+"""The Python face: load, prune, fine-tune, evaluate, save, and swap dense layers for sparse ones and back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from wandapp_kernels.checkpoint.save import save_pruned
 from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.perplexity import context_length, evaluate
+from wandapp_kernels.finetuning.finetune import FinetuneReport, finetune_layers
+from wandapp_kernels.finetuning.settings import FinetuneSettings
 from wandapp_kernels.models.checks import adapter_wrappers, refuse_adapters, require_module
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
@@ -34,6 +36,7 @@ __all__ = [
     "SwapReport",
     "desparsify",
     "evaluate",
+    "finetune",
     "load",
     "prune",
     "save",
@@ -101,6 +104,49 @@ def prune(
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None), work=work)
 
 
+def finetune(
+    model: PreTrainedModel,
+    tokens: torch.Tensor | TokenSet,
+    *,
+    merge: bool = False,
+    targets: str | Sequence[str] = FinetuneSettings.targets,
+    progress: Callable[[Progress], None] | None = None,
+    **recipe: Any,
+) -> tuple[nn.Module, FinetuneReport]:
+    """Train low-rank adapters (LoRA) of a pruned model on text, where the model lies (``model.to("cuda")`` first).
+
+    Args:
+        model: pruned, with zeros in place or swapped; in place. When anything is raised it is what it was before.
+        tokens: integers ``[samples, tokens]``, or what ``calibration_tokens`` returns.
+        merge: train ``W + s · mask ∘ (B A)`` and leave that in the model, its zeros where they were. Without it
+            ``W x + s · B A x`` is trained: the adapters stay beside the weights (needs peft).
+        targets: names of layers, as PEFT takes them, or ``"all"`` for every pruned one.
+        progress: called with a ``Progress`` after each step.
+        recipe: ``rank``, ``alpha``, ``dropout``, ``lr``, ``warmup``, ``batch``, ``micro_batch``, ``epochs``, ``seed``,
+            ``gradient_checkpointing``: see ``FinetuneSettings``.
+
+    Returns:
+        The PeftModel around ``model`` (its ``save_pretrained`` writes the adapters), or ``model`` with ``merge``; and
+        what was done.
+
+    Raises:
+        UsageError: no layer is pruned, a target is no layer's, impossible settings or token ids, a model with adapters,
+            ``merge`` on a swapped model, or no peft.
+        ModelError: a layer to train is float16, quantised or not in memory.
+        NonFiniteError: a loss or gradient is NaN or infinite.
+    """
+    require_module(model)
+    if isinstance(tokens, str):
+        raise UsageError(
+            f"tokens is the text {tokens!r}, but must be token ids; data.calibration.calibration_tokens makes them "
+            "from a text source"
+        )
+    ids = tokens.ids if isinstance(tokens, TokenSet) else torch.as_tensor(tokens, device="cpu")
+    settings = FinetuneSettings(targets=as_patterns(targets), **recipe)
+    _check_tokens(model, ids, "training")
+    return finetune_layers(model, ids.long(), settings, merge=merge, progress=progress or (lambda _: None))
+
+
 def save(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -135,18 +181,18 @@ def save(
     write(model, tokenizer, Path(folder), record, force=force)
 
 
-def _check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
+def _check_tokens(model: nn.Module, ids: torch.Tensor, what: str = "calibration") -> None:
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
-        raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
+        raise UsageError(f"{what} must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
     if ids.shape[1] < 2:
-        raise UsageError("calibration samples have 1 token, which predicts nothing; give longer ones")
+        raise UsageError(f"{what} samples have 1 token, which predicts nothing; give longer ones")
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     vocabulary = getattr(embedding, "num_embeddings", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise UsageError(
-            f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
+            f"{what} token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
             f"{vocabulary}; use the model's own tokenizer"
         )
     context = context_length(model) if isinstance(model, PreTrainedModel) else None
     if context is not None and ids.shape[1] > context:
-        raise UsageError(f"calibration samples have {ids.shape[1]} tokens, but the model's context is {context}")
+        raise UsageError(f"{what} samples have {ids.shape[1]} tokens, but the model's context is {context}")

@@ -21,6 +21,7 @@ from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evalu
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_texts
 from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, context_length
+from wandapp_kernels.finetuning.adapters import add_adapters, check_adapters
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel, load_model
@@ -47,7 +48,7 @@ def prune(arguments: argparse.Namespace) -> None:
         arguments.kept = f"the same command goes on from {arguments.work}"
     (chosen,) = settings(arguments, [arguments.method])
     device = checks.device(arguments.device)
-    loaded = _load_dense(arguments)
+    loaded = load_dense(arguments)
     check_room_for(loaded.model, arguments.out)  # what is found out after pruning is found out too late
     check_ignored(loaded.model, arguments.ignore)
     tokens = _calibration(arguments, loaded)
@@ -84,9 +85,13 @@ def prune(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """``wandapp eval MODEL``"""
     device = checks.device(arguments.device)
-    loaded = _load(arguments)
-    seqlen = _window(arguments.seqlen, loaded)
-    texts = _texts(arguments.text, loaded, arguments.split, arguments.tokens)
+    if arguments.adapter:
+        check_adapters(arguments.adapter)
+    loaded = load(arguments)
+    if arguments.adapter:
+        add_adapters(loaded.model, arguments.adapter)
+    seqlen = window(arguments.seqlen, loaded)
+    texts = evaluation_texts(arguments.text, loaded, arguments.split, arguments.tokens)
     measured = score_texts(loaded, texts, seqlen, device)
     for result in measured:
         print(
@@ -107,6 +112,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         ]
         found = {
             "model": arguments.model,
+            "adapter": arguments.adapter,
             "perplexity": measured[0].value,
             "texts": texts_found,
             "versions": versions(),
@@ -128,13 +134,13 @@ def compare_methods(arguments: argparse.Namespace) -> None:
         raise UsageError("--methods is empty; name at least one, such as wanda,wanda++")
     settings(arguments, methods)
     device = checks.device(arguments.device)
-    loaded = _load(arguments)
+    loaded = load(arguments)
     if arguments.save:
         check_room_for(loaded.model, arguments.save)
     check_ignored(loaded.model, arguments.ignore)
     tokens = _calibration(arguments, loaded)
-    texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
-    seqlen = _window(arguments.eval_seqlen, loaded, "--eval-seqlen")
+    texts = evaluation_texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
+    seqlen = window(arguments.eval_seqlen, loaded, "--eval-seqlen")
     del loaded
     display = ProgressDisplay(arguments.quiet)
     keeper = _BestModel(arguments, tokens)
@@ -188,7 +194,7 @@ class _BestModel:
 
     def load(self) -> LoadedModel:
         self._latest = None  # one model in memory at a time
-        loaded = _load_dense(self._arguments)
+        loaded = load_dense(self._arguments)
         if self._arguments.save:
             self._latest = loaded
         return loaded
@@ -229,43 +235,46 @@ def _recorded(report: PruneReport, tokens: TokenSet, arguments: argparse.Namespa
     }
 
 
-def _load(arguments: argparse.Namespace) -> LoadedModel:
+def load(arguments: argparse.Namespace) -> LoadedModel:
+    """The model and its tokenizer, which must be there."""
     loaded = load_model(arguments.model, dtype=arguments.dtype, revision=arguments.revision)
     if loaded.tokenizer is None:
         raise ModelError(f"{arguments.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
     return loaded
 
 
-def _load_dense(arguments: argparse.Namespace) -> LoadedModel:
+def load_dense(arguments: argparse.Namespace) -> LoadedModel:
     """What is to be pruned: a compressed folder is decompressed."""
-    loaded = _load(arguments)
+    loaded = load(arguments)
     desparsify(loaded.model)
     return loaded
 
 
 def _tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:
-    assert loaded.tokenizer is not None, "_load refuses a model without one"
+    assert loaded.tokenizer is not None, "load refuses a model without one"
     return loaded.tokenizer
 
 
 def _calibration(arguments: argparse.Namespace, loaded: LoadedModel) -> TokenSet:
-    seqlen = _window(arguments.seqlen, loaded)
+    seqlen = window(arguments.seqlen, loaded)
     return calibration_tokens(
         _tokenizer(loaded), arguments.calibration, samples=arguments.samples, seqlen=seqlen, seed=arguments.seed
     )
 
 
-def _window(asked: int | None, loaded: LoadedModel, option: str = "--seqlen") -> int:
+def window(asked: int | None, loaded: LoadedModel, option: str = "--seqlen", most: int = DEFAULT_SEQLEN) -> int:
+    """Tokens of a window: what was asked for, within the context, or the context, at most ``most``."""
     context = context_length(loaded.model)
     if asked is None:
-        return min(context or DEFAULT_SEQLEN, DEFAULT_SEQLEN)
+        return min(context or most, most)
     if asked < 2 or (context is not None and asked > context):
         allowed = "at least 2" if context is None else f"2 to {context}, the context of {loaded.name}"
         raise UsageError(f"{option} is {asked}, but must be {allowed}")
     return asked
 
 
-def _texts(names: str, loaded: LoadedModel, split: Any, tokens: int) -> list[EvaluationText]:
+def evaluation_texts(names: str, loaded: LoadedModel, split: Any, tokens: int) -> list[EvaluationText]:
+    """The first ``tokens`` tokens of each text of a comma-separated list."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if not chosen:
         raise UsageError("--text is empty; name at least one, such as wiki")
