@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import budget, development, speed_tables
+from bench import budget, development, finetuning, speed_tables
 from bench.h100 import tables as h100
 from bench.quality import MODEL, PLANS, RESULTS, SAMPLES, SEEDS, SEQLEN
 from wandapp_kernels.report.tables import human_bytes, number, table
@@ -100,6 +100,7 @@ def any_table(name: str) -> str:
     named = {
         "development": development_table,
         "budget": budget.saved_table,
+        "finetuning": finetuning.finetuning_table,
         "h100": h100.readme_table,
         "h100:all": h100.docs_table,
         "linear": speed_tables.linear_table,

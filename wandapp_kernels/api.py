@@ -1,4 +1,4 @@
-"""The Python face: load, prune, evaluate, save, and swap dense layers for sparse ones and back."""
+"""The Python face: load, prune, fine-tune, evaluate, save, and swap dense layers for sparse ones and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from wandapp_kernels.data.calibration import TokenSet
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.perplexity import evaluate
 from wandapp_kernels.evaluation.zero_shot import zero_shot
-from wandapp_kernels.models.checks import adapter_wrappers, refuse_adapters, require_module
+from wandapp_kernels.finetuning.finetune import FinetuneReport, finetune_layers
+from wandapp_kernels.finetuning.settings import FinetuneSettings
+from wandapp_kernels.models.checks import adapter_wrappers, refuse_adapters, require_module, require_tokens
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel
 from wandapp_kernels.models.load import load_model as load
@@ -35,6 +37,7 @@ __all__ = [
     "SwapReport",
     "desparsify",
     "evaluate",
+    "finetune",
     "load",
     "prune",
     "save",
@@ -99,6 +102,49 @@ def prune(
     check_ignored(model, names)
     where = None if device is None else torch.device(device)
     return prune_blocks(model, ids, settings, device=where, progress=progress or (lambda _: None), work=work)
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokens: torch.Tensor | TokenSet,
+    *,
+    merge: bool = False,
+    targets: str | Sequence[str] = FinetuneSettings.targets,
+    progress: Callable[[Progress], None] | None = None,
+    **recipe: Any,
+) -> tuple[nn.Module, FinetuneReport]:
+    """Train low-rank adapters (LoRA) of a pruned model on text, where the model lies (``model.to("cuda")`` first).
+
+    Args:
+        model: pruned, with zeros in place or swapped; in place. When anything is raised it is what it was before.
+        tokens: integers ``[samples, tokens]``, or what ``calibration_tokens`` returns.
+        merge: train ``W + s · mask ∘ (B A)`` and leave that in the model, its zeros where they were. Without it
+            ``W x + s · B A x`` is trained: the adapters stay beside the weights (needs peft).
+        targets: names of layers, as PEFT takes them, or ``"all"`` for every pruned one.
+        progress: called with a ``Progress`` after each step.
+        recipe: ``rank``, ``alpha``, ``dropout``, ``lr``, ``warmup``, ``batch``, ``micro_batch``, ``epochs``, ``seed``,
+            ``gradient_checkpointing``: see ``FinetuneSettings``.
+
+    Returns:
+        The PeftModel around ``model`` (its ``save_pretrained`` writes the adapters), or ``model`` with ``merge``; and
+        what was done.
+
+    Raises:
+        UsageError: no layer is pruned, a target is no layer's, impossible settings or token ids, a model with adapters,
+            ``merge`` on a swapped model, or no peft.
+        ModelError: a layer to train is float16, quantised or not in memory.
+        NonFiniteError: a loss or gradient is NaN or infinite.
+    """
+    require_module(model)
+    if isinstance(tokens, str):
+        raise UsageError(
+            f"tokens is the text {tokens!r}, but must be token ids; data.calibration.calibration_tokens makes them "
+            "from a text source"
+        )
+    ids = tokens.ids if isinstance(tokens, TokenSet) else torch.as_tensor(tokens, device="cpu")
+    settings = FinetuneSettings(targets=as_patterns(targets), **recipe)
+    require_tokens(model, ids, "training")
+    return finetune_layers(model, ids.long(), settings, merge=merge, progress=progress or (lambda _: None))
 
 
 def save(

@@ -15,6 +15,7 @@ from wandapp_kernels.pruning.updates import UPDATES
 
 MODEL_HELP = "a folder, a hub id, or a bundled model: smollm2-135m, glass-0.9m"
 TEXT_HELP = "wiki, sotu, c4, wikitext2, FILE.txt, FILE.jsonl or a folder of them"
+ADAPTER_HELP = "LoRA adapters on top: a folder that wandapp finetune, or PEFT, wrote"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,8 +27,12 @@ def parser() -> argparse.ArgumentParser:
     _eval(_command(commands, "eval", "perplexity of a model on held-out text, and accuracy on zero-shot tasks"))
     _compare(_command(commands, "compare", "prune with several methods and compare perplexity, tasks, time and memory"))
     _inspect(_command(commands, "inspect", "sparsity and pattern of every layer in a folder"))
-    from wandapp_kernels.cli import bench_linear, bench_model, convert, generate, tune  # they need this module's names
+    # They need this module's names.
+    from wandapp_kernels.cli import bench_linear, bench_model, convert, finetune, generate, tune
 
+    finetune.add(
+        _command(commands, "finetune", "train low-rank adapters (LoRA) of a pruned model, or merge them into it")
+    )
     convert.add(_command(commands, "convert", "write a pruned model compressed, or dense again"))
     generate.add(_command(commands, "generate", "continue a text, with speed and memory"))
     tune.add(_command(commands, "tune", "measure which kernel is fastest for each of a model's layers"))
@@ -63,13 +68,14 @@ def _prune(command: argparse.ArgumentParser) -> None:
 
 def _eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=MODEL_HELP)
+    command.add_argument("--adapter", type=Path, metavar="DIR", help=ADAPTER_HELP)
     command.add_argument("--text", help=f"comma-separated: {TEXT_HELP} (default: wiki; with --tasks none)")
     command.add_argument("--seqlen", type=int, help="window length (default: the context, at most 2048)")
     command.add_argument("--tokens", type=int, help="tokens of each text (default: 16384)")
     command.add_argument("--split", choices=("evaluation", "development"), help="of the text (default: evaluation)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     task_options.add(command, "; alone they run without a text")
-    _loading(command)
+    loading(command)
 
 
 def _compare(command: argparse.ArgumentParser) -> None:
@@ -101,7 +107,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
 
 
-def _loading(command: argparse.ArgumentParser) -> None:
+def loading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", type=checks.dtype, default="auto", help="load weights as float32, bfloat16, … (default: as stored)"
     )
@@ -120,7 +126,7 @@ def _calibration(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ignore", action="append", default=[], metavar="NAME", help="keep dense: name, suffix or 're:…'; repeatable"
     )
-    _loading(command)
+    loading(command)
 
 
 def _composition(command: argparse.ArgumentParser) -> None:

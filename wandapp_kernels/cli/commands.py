@@ -27,6 +27,7 @@ from wandapp_kernels.evaluation.compare import EvaluationText, compare, score_te
 from wandapp_kernels.evaluation.perplexity import DEFAULT_SEQLEN, Perplexity, context_length
 from wandapp_kernels.evaluation.tasks import TaskSet
 from wandapp_kernels.evaluation.zero_shot import zero_shot
+from wandapp_kernels.finetuning.adapters import add_adapters, check_adapters
 from wandapp_kernels.models.bundled import BUNDLED, bundled_folder, quiet_transformers
 from wandapp_kernels.models.layers import check_ignored
 from wandapp_kernels.models.load import LoadedModel, load_model
@@ -56,7 +57,7 @@ def prune(arguments: argparse.Namespace) -> None:
         arguments.kept = f"the same command goes on from {arguments.work}"
     (chosen,) = settings(arguments, [arguments.method])
     device = checks.device(arguments.device)
-    loaded = _load_dense(arguments)
+    loaded = load_dense(arguments)
     check_room_for(loaded.model, arguments.out)  # what is found out after pruning is found out too late
     check_ignored(loaded.model, arguments.ignore)
     tokens = _calibration(arguments, loaded)
@@ -99,12 +100,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name} is of a text, but with --tasks alone there is none; give --text too")
     display = ProgressDisplay(arguments.quiet)
     tasks = task_options.load(arguments, display)
-    loaded = _load(arguments)
+    if arguments.adapter:
+        check_adapters(arguments.adapter)
+    loaded = load(arguments)
+    if arguments.adapter:
+        add_adapters(loaded.model, arguments.adapter)
     measured: list[Perplexity] = []
     if with_text:
-        seqlen = _window(arguments.seqlen, loaded)
+        seqlen = window(arguments.seqlen, loaded)
         tokens = 16384 if arguments.tokens is None else arguments.tokens
-        texts = _texts(
+        texts = evaluation_texts(
             "wiki" if arguments.text is None else arguments.text, loaded, arguments.split or "evaluation", tokens
         )
         measured = score_texts(loaded, texts, seqlen, device)
@@ -115,6 +120,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     found = {
         "model": arguments.model,
+        "adapter": arguments.adapter,
         "perplexity": measured[0].value if measured else None,
         "texts": [
             {
@@ -178,13 +184,13 @@ def compare_methods(arguments: argparse.Namespace) -> None:
     device = checks.device(arguments.device)
     display = ProgressDisplay(arguments.quiet)
     tasks = task_options.load(arguments, display)
-    loaded = _load(arguments)
+    loaded = load(arguments)
     if arguments.save:
         check_room_for(loaded.model, arguments.save)
     check_ignored(loaded.model, arguments.ignore)
     tokens = _calibration(arguments, loaded)
-    texts = _texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
-    seqlen = _window(arguments.eval_seqlen, loaded, "--eval-seqlen")
+    texts = evaluation_texts(arguments.text, loaded, "evaluation", arguments.eval_tokens)
+    seqlen = window(arguments.eval_seqlen, loaded, "--eval-seqlen")
     del loaded
     keeper = _BestModel(arguments, tokens)
     kept: dict[str, Any] = {}
@@ -261,7 +267,7 @@ class _BestModel:
 
     def load(self) -> LoadedModel:
         self._latest = None  # one model in memory at a time
-        loaded = _load_dense(self._arguments)
+        loaded = load_dense(self._arguments)
         if self._arguments.save:
             self._latest = loaded
         return loaded
@@ -303,43 +309,46 @@ def _recorded(report: PruneReport, tokens: TokenSet, arguments: argparse.Namespa
     }
 
 
-def _load(arguments: argparse.Namespace) -> LoadedModel:
+def load(arguments: argparse.Namespace) -> LoadedModel:
+    """The model and its tokenizer, which must be there."""
     loaded = load_model(arguments.model, dtype=arguments.dtype, revision=arguments.revision)
     if loaded.tokenizer is None:
         raise ModelError(f"{arguments.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
     return loaded
 
 
-def _load_dense(arguments: argparse.Namespace) -> LoadedModel:
+def load_dense(arguments: argparse.Namespace) -> LoadedModel:
     """What is to be pruned: a compressed folder is decompressed."""
-    loaded = _load(arguments)
+    loaded = load(arguments)
     desparsify(loaded.model)
     return loaded
 
 
 def _tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:
-    assert loaded.tokenizer is not None, "_load refuses a model without one"
+    assert loaded.tokenizer is not None, "load refuses a model without one"
     return loaded.tokenizer
 
 
 def _calibration(arguments: argparse.Namespace, loaded: LoadedModel) -> TokenSet:
-    seqlen = _window(arguments.seqlen, loaded)
+    seqlen = window(arguments.seqlen, loaded)
     return calibration_tokens(
         _tokenizer(loaded), arguments.calibration, samples=arguments.samples, seqlen=seqlen, seed=arguments.seed
     )
 
 
-def _window(asked: int | None, loaded: LoadedModel, option: str = "--seqlen") -> int:
+def window(asked: int | None, loaded: LoadedModel, option: str = "--seqlen", most: int = DEFAULT_SEQLEN) -> int:
+    """Tokens of a window: what was asked for, within the context, or the context, at most ``most``."""
     context = context_length(loaded.model)
     if asked is None:
-        return min(context or DEFAULT_SEQLEN, DEFAULT_SEQLEN)
+        return min(context or most, most)
     if asked < 2 or (context is not None and asked > context):
         allowed = "at least 2" if context is None else f"2 to {context}, the context of {loaded.name}"
         raise UsageError(f"{option} is {asked}, but must be {allowed}")
     return asked
 
 
-def _texts(names: str, loaded: LoadedModel, split: Any, tokens: int) -> list[EvaluationText]:
+def evaluation_texts(names: str, loaded: LoadedModel, split: Any, tokens: int) -> list[EvaluationText]:
+    """The first ``tokens`` tokens of each text of a comma-separated list."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if not chosen:
         raise UsageError("--text is empty; name at least one, such as wiki")

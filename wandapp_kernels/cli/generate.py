@@ -13,9 +13,10 @@ from wandapp_kernels.backends import DENSE
 from wandapp_kernels.checkpoint.atomic import write_text_atomic
 from wandapp_kernels.checkpoint.save import to_json
 from wandapp_kernels.cli import checks
-from wandapp_kernels.cli.arguments import MODEL_HELP
+from wandapp_kernels.cli.arguments import ADAPTER_HELP, MODEL_HELP
 from wandapp_kernels.errors import ModelError, UsageError
 from wandapp_kernels.evaluation.perplexity import context_length
+from wandapp_kernels.finetuning.adapters import add_adapters, check_adapters
 from wandapp_kernels.models.bundled import quiet_transformers
 from wandapp_kernels.models.load import LoadedModel, load_model
 from wandapp_kernels.pruning.walk import device_name
@@ -30,6 +31,7 @@ _NEW_TOKENS = 64
 def add(command: argparse.ArgumentParser) -> None:
     """The arguments."""
     command.add_argument("model", help=MODEL_HELP)
+    command.add_argument("--adapter", type=Path, metavar="DIR", help=ADAPTER_HELP)
     command.add_argument("--prompt", required=True, help="the text to continue")
     command.add_argument(
         "--max-new-tokens", type=int, help=f"at most (default: {_NEW_TOKENS}, or what the context leaves)"
@@ -64,9 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--tune chooses among kernels, but --backend dense is torch's product; leave one of them out")
     device = checks.device("cpu" if arguments.device is None and arguments.backend == "cpu" else arguments.device)
     checks.backend(arguments.backend, device)
+    if arguments.adapter:
+        check_adapters(arguments.adapter)
     loaded = load_model(arguments.model, dtype=arguments.dtype)
     ids, new_tokens = _prompt(arguments, loaded)
     prepared = prepare(loaded.model, arguments.backend, tune=arguments.tune, device=device)
+    if arguments.adapter:
+        add_adapters(loaded.model, arguments.adapter)
     printer = _Printer(loaded.tokenizer)
     with quiet_transformers(), prepared.running():
         if arguments.compile:
@@ -83,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     printer.close()
     found = {
         "model": arguments.model,
+        "adapter": arguments.adapter,
         "backend": arguments.backend,
         "compiled": arguments.compile,
         "layers": prepared.layers,
@@ -101,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     threads = found["threads"]
     memory, held = ("memory", "resident") if threads else ("GPU memory", "allocated")
     where = f"{threads} thread{'s' * (threads > 1)}" if threads else found["device"]
-    how = f"{arguments.backend} backend{', compiled' * arguments.compile}"
+    how = f"{arguments.backend} backend{', compiled' * arguments.compile}{', adapters' * bool(arguments.adapter)}"
     print(
         f"\n{found['dtype']}, {prepared.layers}, {how}, {where}\n"
         f"{ids.shape[1]} prompt tokens, first token after {human_seconds(done.ttft)}; "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from wandapp_kernels.checkpoint.atomic import check_file
-from wandapp_kernels.cli import bench_linear, bench_model, checks, commands, convert, generate, tune
+from wandapp_kernels.cli import bench_linear, bench_model, checks, commands, convert, finetune, generate, tune
 from wandapp_kernels.cli.arguments import parser
 from wandapp_kernels.errors import UsageError, WandappError
 
@@ -25,6 +25,7 @@ _COMMANDS = {
     "eval": commands.evaluate,
     "compare": commands.compare_methods,
     "inspect": commands.inspect,
+    "finetune": finetune.run,
     "convert": convert.run,
     "generate": generate.run,
     "tune": tune.run,

@@ -46,19 +46,19 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def require_tokens(model: nn.Module, ids: torch.Tensor) -> None:
-    """Raise UsageError for what are no calibration tokens of the model: ``[samples, tokens]``, in its vocabulary."""
+def require_tokens(model: nn.Module, ids: torch.Tensor, what: str = "calibration") -> None:
+    """Raise UsageError for what are no tokens of the model to learn from: ``[samples, tokens]``, in its vocabulary."""
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
-        raise UsageError(f"calibration must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
+        raise UsageError(f"{what} must be integer token ids [samples, tokens], not {ids.dtype} {list(ids.shape)}")
     if ids.shape[1] < 2:
-        raise UsageError("calibration samples have 1 token, which predicts nothing; give longer ones")
+        raise UsageError(f"{what} samples have 1 token, which predicts nothing; give longer ones")
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     vocabulary = getattr(embedding, "num_embeddings", None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise UsageError(
-            f"calibration token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
+            f"{what} token ids run from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
             f"{vocabulary}; use the model's own tokenizer"
         )
     context = context_length(model) if isinstance(model, PreTrainedModel) else None
     if context is not None and ids.shape[1] > context:
-        raise UsageError(f"calibration samples have {ids.shape[1]} tokens, but the model's context is {context}")
+        raise UsageError(f"{what} samples have {ids.shape[1]} tokens, but the model's context is {context}")

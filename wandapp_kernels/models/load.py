@@ -137,7 +137,9 @@ def _local_folder(name: str) -> Path | None:
 def _config(name: str, source: str, folder: Path | None, where: dict[str, Any]) -> PreTrainedConfig:
     if folder is not None:
         if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{name} holds an adapter; merge it into its base model and save that first")
+            raise ModelError(
+                f"{name} holds an adapter; merge it into its base model first, or give that with --adapter"
+            )
         if not (folder / "config.json").is_file():
             raise ModelError(f"the folder {name} has no config.json, so it is no Hugging Face model; {_choices()}")
     try:
@@ -232,7 +234,7 @@ def _model(
         raise ModelError(f"{name} cannot be loaded ({_first_line(error)}); {advice}") from error
     model, report = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(f"{name} holds an adapter; merge it into its base model and save that first")
+        raise ModelError(f"{name} holds an adapter; merge it into its base model first, or give that with --adapter")
     # transformers fills what is missing or has another shape with random numbers and goes on.
     if report["missing_keys"]:
         raise ModelError(
