@@ -203,7 +203,7 @@ def test_eval_prints_and_writes_each_text(text: str, tmp_path: Path, capsys) -> 
     assert main([*command, "--split", "development", "--json", str(tmp_path / "eval.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "eval.json").read_text())
-    assert set(found) == {"model", "perplexity", "texts", "versions", "device"}
+    assert set(found) == {"model", "adapter", "perplexity", "texts", "versions", "device"}
     assert set(found["versions"]) == VERSIONS
     assert [entry["text"] for entry in found["texts"]] == [text, "wiki"]
     assert found["perplexity"] == found["texts"][0]["perplexity"]
