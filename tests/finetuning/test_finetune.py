@@ -62,18 +62,15 @@ def test_the_loss_falls(arch: str, merge: bool) -> None:
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_one_seed_one_result(merge: bool) -> None:
-    state = torch.get_rng_state()
-
     def run(seed: int) -> dict[str, torch.Tensor]:
-        torch.rand(seed + 1)
+        torch.rand(1)  # torch's own random state is another one every time
         model = pruned_model("llama")
         wk.finetune(model, TokenSet(text(), "", "", "calibration", 0), merge=merge, seed=seed, **RECIPE)
         return weights(model)
 
     first = run(0)
-    torch.set_rng_state(state)
     assert same(first, run(0)) and not same(first, run(1))
-    torch.set_rng_state(state)
+    state = torch.get_rng_state()
     wk.finetune(pruned_model("llama"), text(), merge=merge, **RECIPE)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -82,8 +79,9 @@ def test_one_seed_one_result(merge: bool) -> None:
 def test_an_interrupted_run_leaves_the_model_as_it_was(merge: bool) -> None:
     model = pruned_model("llama")
     model.model.norm.weight.requires_grad_(False)
+    model.model.layers[1].train()
     before, flags = weights(model), [own.requires_grad for own in model.parameters()]
-    modules = [type(module) for module in model.modules()]
+    modules = [(type(module), module.training) for module in model.modules()]
 
     def stop(progress: Any) -> None:
         raise KeyboardInterrupt
@@ -91,8 +89,8 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(merge: bool) -> None:
     with pytest.raises(KeyboardInterrupt):
         wk.finetune(model, text(), merge=merge, gradient_checkpointing=True, progress=stop, **RECIPE)
     assert same(weights(model), before) and [own.requires_grad for own in model.parameters()] == flags
-    assert [type(module) for module in model.modules()] == modules
-    assert not any(module.training for module in model.modules()) and not hasattr(model, "peft_config")
+    assert [(type(module), module.training) for module in model.modules()] == modules
+    assert not hasattr(model, "peft_config")
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     wk.finetune(model, text(), merge=merge, **RECIPE)  # and may be tried again
 

@@ -76,12 +76,20 @@ def test_the_rate_rises_and_falls() -> None:
         replace(settings, batch=2, epochs=1).steps(7)
 
 
-def test_the_first_step_has_its_rate() -> None:
-    settings = replace(SETTINGS, batch=8, epochs=3, warmup=2, lr=1e-3)
+def test_every_step_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, rates = torch.optim.AdamW.step, []
+
+    def recorded(self: torch.optim.AdamW) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    settings = replace(SETTINGS, batch=8, epochs=4, warmup=2, lr=1e-3)
     model = pruned_model("llama")
     with masked_lora(model, LAYERS, settings) as adapters:
         seen: list[torch.Tensor] = []
         train(model.train(), adapters, token_ids(8, 7), settings, lambda _: seen.append(adapters[1].detach().clone()))
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
     # Adam's first step is the rate itself wherever there is a gradient; B starts from zero.
     moved = seen[0].abs()
     torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 0.5e-3), rtol=1e-2, atol=0)

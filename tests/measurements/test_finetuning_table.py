@@ -32,12 +32,12 @@ def row(method: str, form: str) -> dict:
 def test_the_table_holds_the_rows_and_says_what_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.json"
     assert finetuning.finetuning_table(path) == "not measured yet"
-    path.write_text(json.dumps({"rows": [row("wanda", "merged"), row("wanda", "adapters")]}))
+    path.write_text(json.dumps({"eval_tokens": 77, "rows": [row("wanda", "merged"), row("wanda", "adapters")]}))
     lines = finetuning.finetuning_table(path).split("\n")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| wanda")]
     assert cells[0] == ["wanda", "merged", "160", "90.50", "200", "120", "33", "2 GB"]
     assert cells[1][1] == "adapters" and len(cells) == 2
-    for fact in ("a CPU", "hash abc", "6 × 9 tokens", "2 steps", "seed 7", "torch 2", "lr 0.001"):
+    for fact in ("a CPU", "hash abc", "6 × 9 tokens", "2 steps", "seed 7", "torch 2", "lr 0.001", "on 77 held-out"):
         assert fact in lines[-1]
     monkeypatch.setattr(tables.finetuning, "finetuning_table", lambda: "ours")
     assert tables.any_table("finetuning") == "ours"
