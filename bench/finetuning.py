@@ -32,8 +32,8 @@ METHODS = ("wanda", "wanda++")
 SPARSITY = "2:4"
 CPU = torch.device("cpu")
 
-# The recipe for 96 sequences of 128 tokens instead of 30,000 of 1,024: all layers, smaller batches, a higher rate.
-TRAIN_SAMPLES = 96
+# The recipe for 128 sequences of 128 tokens instead of 30,000 of 1,024: all layers, smaller batches, a higher rate.
+TRAIN_SAMPLES = 128
 RECIPE = FinetuneSettings(targets=("all",), lr=1e-3, warmup=2, batch=4, micro_batch=4)
 
 
