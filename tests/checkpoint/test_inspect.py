@@ -177,7 +177,10 @@ def test_who_wrote_it(tmp_path):
     tensors = {f"{Q}.weight": pruned(4, 8, "2:4")}
     assert inspect_folder(folder_with(tmp_path / "a", tensors))["written_by"] is None
     result = inspect_folder(folder_with(tmp_path / "b", tensors, record("2:4", Q)))
-    assert result["written_by"] == {"method": "wanda++", "pattern": "2:4", "seed": 7, "versions": {"torch": "2"}}
+    assert result["written_by"] == {
+        **{"method": "wanda++", "pattern": "2:4", "seed": 7, "versions": {"torch": "2"}},
+        "finetuned": 0,
+    }
     assert result["problems"] == [] and result["unchecked"] == []
     json.dumps(result, allow_nan=False)
 

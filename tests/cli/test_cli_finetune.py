@@ -69,7 +69,7 @@ def test_merged(pruned: Path, text: list[str], tmp_path: Path, capsys) -> None:
     assert "28 × 2:4" in capsys.readouterr().out
     assert main(["generate", str(tmp_path / "small"), "--prompt", "The king", "--max-new-tokens", "2"]) == 0
     assert main(["inspect", str(tmp_path / "small")]) == 0
-    assert "magnitude, 2:4" in capsys.readouterr().out
+    assert "magnitude, 2:4, seed 0, fine-tuned, " in capsys.readouterr().out
 
 
 def test_merging_may_replace_its_own_model_and_repeats_itself(pruned: Path, text: list[str], tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         - ``totals``: ``parameters``, ``bytes_on_disk`` (weight files), ``dense_bytes`` (their tensors),
           ``would_take_bytes`` (each layer in its smallest form; experts dense, as ``convert`` leaves them),
           ``layer_parameters``, ``layer_sparsity``;
-        - ``written_by``: ``method``, ``pattern``, ``seed``, ``versions`` of wandapp.json, or None without one;
+        - ``written_by``: ``method``, ``pattern``, ``seed``, ``versions`` of wandapp.json and how often the model was
+          ``finetuned``, or None without one;
         - ``problems``: sentences, such as a layer that lacks the pattern wandapp.json claims for it; ``unchecked``:
           layers that wandapp.json names and that are stored under another name.
 
@@ -275,11 +276,13 @@ def _parse(claim: str) -> Pattern | None:
 
 
 def _writer(record: dict[str, Any]) -> dict[str, Any]:
+    finetuning = record.get("finetuning")
     return {
         "method": record.get("method"),
         "pattern": record.get("pattern", record.get("sparsity")),
         "seed": record.get("seed"),
         "versions": record.get("versions"),
+        "finetuned": len(finetuning) if isinstance(finetuning, list) else 0,
     }
 
 

@@ -250,9 +250,13 @@ def format_inspection(result: dict[str, Any], every_layer: bool = False, markdow
         origin = "no wandapp.json"
     else:
         versions = written["versions"] if isinstance(written["versions"], dict) else {}
-        parts = [written["method"], written["pattern"], *(f"{name} {version}" for name, version in versions.items())]
-        if written["seed"] is not None:
-            parts.insert(2, f"seed {written['seed']}")
+        parts = [
+            written["method"],
+            written["pattern"],
+            None if written["seed"] is None else f"seed {written['seed']}",
+            "fine-tuned" if written["finetuned"] else None,
+            *(f"{name} {version}" for name, version in versions.items()),
+        ]
         origin = ", ".join(str(part) for part in parts if part is not None) or "a wandapp.json that does not say"
     facts = [
         ("folder", result["folder"]),
