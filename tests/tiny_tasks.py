@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+
+import pytest
+
+needs_harness = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("glassllm", "lm_eval")),
+    reason="glassllm or lm-eval is not installed",
+)
 
 # Answers of about the same length, or the shortest would win whatever the model.
 QUESTIONS: list[tuple[str, list[str], int]] = [

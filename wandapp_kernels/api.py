@@ -91,12 +91,7 @@ def prune(
     if any(sparse_layers(model)):
         raise UsageError("the model's layers are compressed and cannot be pruned; call desparsify(model) first")
     refuse_adapters(model)
-    if isinstance(calibration, str):
-        raise UsageError(
-            f"calibration is the text {calibration!r}, but must be token ids; data.calibration.calibration_tokens "
-            "makes them from a text source"
-        )
-    ids = calibration.ids if isinstance(calibration, TokenSet) else torch.as_tensor(calibration, device="cpu")
+    ids = _token_ids(calibration, "calibration")
     names = as_patterns(ignore)
     (settings,) = build_all([method], sparsity, seed=seed, ignore=names, **changes)
     check_ignored(model, names)
@@ -136,12 +131,7 @@ def finetune(
         NonFiniteError: a loss or gradient is NaN or infinite.
     """
     require_module(model)
-    if isinstance(tokens, str):
-        raise UsageError(
-            f"tokens is the text {tokens!r}, but must be token ids; data.calibration.calibration_tokens makes them "
-            "from a text source"
-        )
-    ids = tokens.ids if isinstance(tokens, TokenSet) else torch.as_tensor(tokens, device="cpu")
+    ids = _token_ids(tokens, "tokens")
     settings = FinetuneSettings(targets=as_patterns(targets), **recipe)
     require_tokens(model, ids, "training")
     return finetune_layers(model, ids.long(), settings, merge=merge, progress=progress or (lambda _: None))
@@ -179,3 +169,12 @@ def save(
     write = save_compressed if any(sparse_layers(model)) else save_pruned
     record = report.to_dict() if isinstance(report, PruneReport) else dict(report or {})
     write(model, tokenizer, Path(folder), record, force=force)
+
+
+def _token_ids(given: torch.Tensor | TokenSet, what: str) -> torch.Tensor:
+    if isinstance(given, str):
+        raise UsageError(
+            f"{what} is the text {given!r}, but must be token ids; data.calibration.calibration_tokens makes them from "
+            "a text source"
+        )
+    return given.ids if isinstance(given, TokenSet) else torch.as_tensor(given, device="cpu")

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tiny_tasks import write_tasks
+from tiny_tasks import needs_harness, write_tasks
 from tiny_text import write_text
 
 import wandapp_kernels as wk
 from wandapp_kernels.cli import main
 from wandapp_kernels.data.calibration import calibration_tokens
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("glassllm", "lm_eval")),
-    reason="glassllm or lm-eval is not installed",
-)
+pytestmark = needs_harness
 
 
 @pytest.fixture(scope="module")

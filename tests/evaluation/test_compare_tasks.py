@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_tasks import write_tasks
+from tiny_tasks import needs_harness, write_tasks
 
 from wandapp_kernels.checkpoint.save import to_json
 from wandapp_kernels.data.calibration import TokenSet, calibration_tokens, evaluation_tokens
@@ -17,10 +16,7 @@ from wandapp_kernels.evaluation.compare import EvaluationText, compare
 from wandapp_kernels.evaluation.tasks import TaskSet, load_tasks
 from wandapp_kernels.models.load import LoadedModel, load_model
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("glassllm", "lm_eval")),
-    reason="glassllm or lm-eval is not installed",
-)
+pytestmark = needs_harness
 
 
 def load() -> LoadedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import random
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pruned_models import pruned_model
-from tiny_tasks import QUESTIONS, SUMMARY, write_tasks
+from tiny_tasks import QUESTIONS, SUMMARY, needs_harness, write_tasks
 
 import wandapp_kernels as wk
 from wandapp_kernels.errors import NonFiniteError, TextError, UsageError
@@ -25,10 +24,7 @@ from wandapp_kernels.evaluation.zero_shot import zero_shot
 from wandapp_kernels.models.load import load_model
 from wandapp_kernels.runtime.swap import sparse_layers
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("glassllm", "lm_eval")),
-    reason="glassllm or lm-eval is not installed",
-)
+pytestmark = needs_harness
 
 
 @pytest.fixture(scope="module")
