@@ -144,6 +144,7 @@ inline __m256 spread(__m256 v, int i) {
 struct Halves {
   __m256 of[2];  // the lower, the upper 4 of 8 weights, twice
 
+  Halves(__m256 lower, __m256 upper) : of{lower, upper} {}
   explicit Halves(__m256 eight)
       : of{_mm256_permute2f128_ps(eight, eight, 0x00), _mm256_permute2f128_ps(eight, eight, 0x11)} {}
 };

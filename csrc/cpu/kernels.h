@@ -9,10 +9,10 @@
 //   nm_pairs  2:4 in blocks of 4 rows, see avx2_pairs.h
 //   bitmap    values T [nnz], meta = one bit a column, little-endian, every row starts on a byte;
 //             offsets int64 [rows + 1], from 0 to nnz, a row at most cols on: offsets_fit
-//   bitmap_windows  unstructured in blocks of 4 rows, see windows.h
+//   bitmap_windows  unstructured in blocks of 16 rows, see windows.h
 //
 // Positions and bits that no compression makes (a column that is not there, a bit without a value) give wrong results,
-// but nothing outside the tensors is read or written. The words of bitmap_windows are trusted.
+// but nothing outside the tensors is read or written. The meta of bitmap_windows is trusted.
 #pragma once
 
 #include <cstddef>

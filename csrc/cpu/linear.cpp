@@ -79,7 +79,7 @@ void multiply(const Kernel& kernel, int64_t cols, const std::vector<Piece>& piec
 
 const Kernel* find_kernel(Variant variant, Format format, Type type) {
 #if defined(WANDAPP_HAVE_AVX2)
-  // A window is 256 bits wide: wider vectors would join two.
+  // A step is made for 256-bit vectors: wider ones would join two.
   const bool vectors = variant != Variant::plain && variant != Variant::amx;
   if (format == Format::bitmap_windows && vectors) return avx2_kernel(format, type);
 #endif

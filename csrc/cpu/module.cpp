@@ -126,10 +126,10 @@ bool count_windows(const Bound& from, uintptr_t steps, int threads) {
   return wandapp::count_windows(from.matrix, at<int64_t>(steps), threads);
 }
 
-void pack_windows(const Bound& from, uintptr_t offsets, uintptr_t values, uintptr_t words, int threads) {
+void pack_windows(const Bound& from, uintptr_t offsets, uintptr_t values, uintptr_t meta, int threads) {
   if (from.format != Format::bitmap) throw py::value_error("only the bitmap format is packed into windows");
   py::gil_scoped_release unlocked;
-  wandapp::pack_windows(from.type, from.matrix, at<const int64_t>(offsets), at<void>(values), at<uint32_t>(words),
+  wandapp::pack_windows(from.type, from.matrix, at<const int64_t>(offsets), at<void>(values), at<uint8_t>(meta),
                         threads);
 }
 
@@ -184,7 +184,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("count_windows", &count_windows, py::arg("bitmap"), py::arg("steps"), py::arg("threads"),
              "Steps of every block of rows of a bitmap weight in windows; false: bitmap and offsets do not fit together.");
   module.def("pack_windows", &pack_windows, py::arg("bitmap"), py::arg("offsets"), py::arg("values"),
-             py::arg("words"), py::arg("threads"), "A bitmap weight into the format bitmap_windows.");
+             py::arg("meta"), py::arg("threads"), "A bitmap weight into the format bitmap_windows.");
   module.def("unpack_windows", &unpack_windows, py::arg("windows"), py::arg("row_offsets"), py::arg("values"),
              py::arg("bitmap"), py::arg("threads"), "The other way round, bit for bit; false: weights and row_offsets do not fit together.");
 }

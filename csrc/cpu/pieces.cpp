@@ -20,7 +20,9 @@ int64_t bytes_before(Format format, Type type, const Matrix& matrix, int64_t row
   const int64_t element = element_size(type);
   if (format == Format::dense) return rows * matrix.cols * element;
   if (format == Format::bitmap) return matrix.offsets[rows] * element + rows * ceil_div(matrix.cols, 8);
-  if (format == Format::bitmap_windows) return matrix.offsets[ceil_div(rows, kWindowRows)] * (kSlots * element + 4);
+  if (format == Format::bitmap_windows) {
+    return matrix.offsets[ceil_div(rows, kWindowRows)] * (kSlots * element + kPairBytes / kPair);
+  }
   return rows * kept_per_row(matrix.cols) * (4 * element + 1) / 4;
 }
 

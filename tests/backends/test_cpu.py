@@ -159,8 +159,8 @@ def test_what_does_not_fit_is_refused():
     cast = [packed.tensors[0].float(), packed.tensors[1]]
     refused("swap the layer again", x=x.float(), tensors=cast, layout="nm_pairs")
     windows = make_case("bitmap_windows", torch.bfloat16, 2, 8, 70).tensors
-    refused("swap the layer again", x=x.float(), tensors=[windows[0].float(), *windows[1:]], layout="bitmap_windows")
     refused("tensor 0", tensors=[windows[0][:-1], *windows[1:]], layout="bitmap_windows")
+    refused("tensor 1", tensors=[windows[0], windows[1].flatten()[:-1], *windows[2:]], layout="bitmap_windows")
     refused("the blocks' first steps", tensors=[*windows[:2], windows[2] + 1, windows[3]], layout="bitmap_windows")
     refused("the blocks' first steps", tensors=[*windows[:2], windows[2] * 0, windows[3]], layout="bitmap_windows")
     refused("4 tensors", tensors=windows[:3], layout="bitmap_windows")

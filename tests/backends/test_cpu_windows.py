@@ -42,7 +42,7 @@ def same_weight(a: BitmapWeight, b: BitmapWeight) -> bool:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.integers(1, 11),
+    rows=st.integers(1, 37),
     columns=st.integers(1, 700),
     density=st.sampled_from([0.0, 0.003, 0.05, 0.3, 0.5, 0.9, 1.0]),
     dtype=st.sampled_from(TYPES),
@@ -64,46 +64,54 @@ def test_layout_is_inverted_exactly(rows: int, columns: int, density: float, dty
 def steps_of(dense: torch.Tensor) -> list[tuple[int, list[list[tuple[int, float]]]]]:
     """What the steps of a block of fp32 rows should be: first column of the window, and (column, value) row by row."""
     rows = [[(int(k), float(row[k])) for k in row.nonzero()[:, 0]] for row in dense]
-    steps, last_window = [], max(dense.shape[1] - 8, 0)
+    steps, last_window = [], max(dense.shape[1] - 16, 0)
     while any(rows):
         window = min(min(row[0][0] for row in rows if row), last_window)
-        taken = [[entry for entry in row[:2] if entry[0] < window + 8] for row in rows]
+        taken = [[entry for entry in row[:2] if entry[0] < window + 16] for row in rows]
         rows = [row[len(took) :] for row, took in zip(rows, taken, strict=True)]
         steps.append((window, taken))
     return steps
 
 
-@pytest.mark.parametrize(("rows", "columns", "density"), [(4, 200, 0.5), (3, 100, 0.3), (4, 5, 1.0), (4, 2000, 0.002)])
-def test_words_and_values_are_as_documented(rows: int, columns: int, density: float):
+# Where the columns of each row's two slots are in the 32 bytes of a pair of steps.
+_COLUMN_BYTES = [*range(0, 8), *range(16, 24), *range(8, 16), *range(24, 32)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "density"), [(16, 200, 0.5), (9, 100, 0.3), (16, 5, 1.0), (16, 2000, 0.002), (3, 65536, 0.0003)]
+)
+def test_meta_and_values_are_as_documented(rows: int, columns: int, density: float):
     weight = random_weight(rows, columns, density, torch.float32, 5)
     weight = BitmapWeight.compress(weight.decompress())
-    values, words, offsets, _ = WINDOWS.pack(weight)
-    assert offsets.tolist() == [0, len(words)] and len(words) % 2 == 0
-    found, window = [], 0
-    for word, lanes in zip((words.long() & 0xFFFFFFFF).tolist(), values.tolist(), strict=True):
-        window += word >> 24
+    values, meta, offsets, _ = WINDOWS.pack(weight)
+    assert offsets.tolist() == [0, len(values)] and len(values) == 2 * len(meta)
+    found, windows = [], []
+    for step, lanes in enumerate(values.tolist()):
+        pair = meta[step // 2].tolist()
+        low, high = pair[32 + step % 2 * 2 : 34 + step % 2 * 2]
+        windows.append(low + 256 * high)
+        places = [pair[byte] >> 4 * (step % 2) & 15 for byte in _COLUMN_BYTES]
         taken: list[list[tuple[int, float]]] = []
-        for row in range(4):
-            first, second = word >> 6 * row & 7, word >> 6 * row + 3 & 7
+        for row in range(16):
+            first, second = places[2 * row : 2 * row + 2]
             kept = 2 if first < second else int(first == second)
-            taken.append([(window + (word >> 3 * slot & 7), lanes[slot]) for slot in range(2 * row, 2 * row + kept)])
+            taken.append([(windows[-1] + places[slot], lanes[slot]) for slot in range(2 * row, 2 * row + kept)])
             assert lanes[2 * row + kept : 2 * row + 2] == [0.0] * (2 - kept)
         if any(taken):
-            found.append((window, taken[:rows]))
+            found.append((windows[-1], taken[:rows]))
             assert not any(taken[rows:])
-    assert found == steps_of(weight.decompress())
+    assert found == steps_of(weight.decompress()) and windows == sorted(windows)
 
 
-def test_two_steps_of_bf16_lie_side_by_side():
-    weight = random_weight(8, 300, 0.5, torch.bfloat16, 1)
+def test_all_types_have_one_order():
+    weight = random_weight(40, 300, 0.5, torch.bfloat16, 1)
     wide = BitmapWeight(weight.values.float(), weight.bitmap, weight.row_offsets, weight.shape)
-    values, words, offsets, _ = WINDOWS.pack(weight)
-    expected, *rest = WINDOWS.pack(wide)
-    assert torch.equal(values.float().transpose(1, 2).reshape(-1, 8), expected)
-    assert torch.equal(words, rest[0]) and torch.equal(offsets, rest[1])
+    half, whole = WINDOWS.pack(weight), WINDOWS.pack(wide)
+    assert torch.equal(half[0].float(), whole[0])
+    assert all(torch.equal(a, b) for a, b in zip(half[1:], whole[1:], strict=True))
 
 
-@pytest.mark.parametrize(("kept", "share"), [(0.6, 0.823), (0.5, 0.715), (0.4, 0.608), (0.3, 0.5), (0.1, 0.284)])
+@pytest.mark.parametrize(("kept", "share"), [(0.6, 0.832), (0.5, 0.718), (0.4, 0.603), (0.3, 0.488), (0.1, 0.251)])
 def test_bytes_of_random_masks(kept: float, share: float):
     """The figures of the layout's docstring and of docs/cpu.md."""
     weight = random_weight(256, 4096, kept, torch.bfloat16, 0)
@@ -116,6 +124,10 @@ def test_what_it_does_not_hold_is_refused():
         WINDOWS.pack(NMWeight.compress(torch.eye(8)))
     small = BitmapWeight.compress(torch.eye(8).to(torch.int8))
     assert "int8" in str(WINDOWS.supports(small))
+    wide = random_weight(1, 65537, 0.01, torch.float32, 0)
+    assert "65,536 columns" in str(WINDOWS.supports(wide))
+    problem = dispatch.problem_for(64, 65537, "unstructured", 1, torch.float32, density=0.5)
+    assert "65,536 columns" in str(cpu.WINDOWS.supports(problem))
     with pytest.raises(UsageError, match="int8"):
         WINDOWS.pack(small)
 

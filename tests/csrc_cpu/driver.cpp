@@ -66,17 +66,17 @@ bool decompresses(Variant variant, Format format, Type type, const Matrix& matri
 
 // Whether a weight of the bitmap format comes back from windows bit for bit.
 bool comes_back(Type type, const Matrix& matrix, const Blob& values, const Blob& meta) {
-  const int64_t blocks = (matrix.rows + 3) / 4;
+  const int64_t blocks = (matrix.rows + 15) / 16;
   const std::unique_ptr<int64_t[]> offsets(new int64_t[static_cast<size_t>(blocks + 1)]());
   if (!count_windows(matrix, offsets.get() + 1, 3)) return false;
   for (int64_t i = 0; i < blocks; ++i) offsets[static_cast<size_t>(i + 1)] += offsets[static_cast<size_t>(i)];
   const size_t steps = static_cast<size_t>(offsets[static_cast<size_t>(blocks)]);
-  const std::unique_ptr<char[]> packed(new char[steps * 8 * static_cast<size_t>(element_size(type))]);
-  const std::unique_ptr<uint32_t[]> words(new uint32_t[steps]);
-  pack_windows(type, matrix, offsets.get(), packed.get(), words.get(), 3);
+  const std::unique_ptr<char[]> packed(new char[steps * 32 * static_cast<size_t>(element_size(type))]);
+  const std::unique_ptr<uint8_t[]> columns(new uint8_t[steps / 2 * 36]);
+  pack_windows(type, matrix, offsets.get(), packed.get(), columns.get(), 3);
   Matrix windows = matrix;
   windows.values = packed.get();
-  windows.meta = words.get();
+  windows.meta = columns.get();
   windows.offsets = offsets.get();
   const std::unique_ptr<char[]> back(new char[static_cast<size_t>(values.size)]);
   const std::unique_ptr<uint8_t[]> bitmap(new uint8_t[static_cast<size_t>(meta.size)]);
@@ -89,7 +89,8 @@ bool comes_back(Type type, const Matrix& matrix, const Blob& values, const Blob&
 // share of what was left by more than a block of rows and what `shares` rounds.
 bool cuts_evenly(Format format, int threads) {
   constexpr int64_t kRows = 4099, kCols = 64;
-  const int64_t block = format == Format::bitmap_windows ? 4 : 1, bytes_each = format == Format::bitmap_windows ? 20 : 2;
+  const int64_t block = format == Format::bitmap_windows ? 16 : 1;
+  const int64_t bytes_each = format == Format::bitmap_windows ? 82 : 2;
   std::vector<int64_t> offsets = {0};
   for (int64_t r = 0; r < kRows; r += block) offsets.push_back(offsets.back() + (r > 1000 ? 0 : r % 3 * 32));
   Matrix matrix{nullptr, nullptr, offsets.data(), nullptr, nullptr, kRows, kCols};

@@ -95,8 +95,10 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
         cases.append(make_case(layout, dtype, 20, 70, 600))  # tokens side by side: several strips and sets of blocks
     for layout, density in itertools.product(("bitmap", "bitmap_windows"), (0, 0.05, 0.95, 1)):
         cases += [make_case(layout, dtype, tokens, rows, 200, density) for tokens, rows in ((1, 5), (5, 5), (1, 17))]
-    # Windows that move further than a word can say.
-    cases += [make_case("bitmap_windows", dtype, 1, rows, 3000, 0.002) for rows in (1, 4, 9)]
+    # Windows that move far, end with the row or are longer than it; blocks that are missing rows, and several at once.
+    cases += [make_case("bitmap_windows", dtype, 1, rows, 3000, 0.002) for rows in (1, 16, 19)]
+    cases += [make_case("bitmap_windows", dtype, 2, 18, columns) for columns in (1, 15, 16, 17, 31)]
+    cases += [make_case("bitmap_windows", dtype, tokens, 100, 130) for tokens in range(1, 10)]
     write_cases(tmp_path / "cases", cases)
     output = run(driver, tmp_path / "cases")
     assert output.endswith(" 0 failures\n")

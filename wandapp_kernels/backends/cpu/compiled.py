@@ -31,8 +31,9 @@ FORMATS = {
 # Rows of a block, columns of a chunk and of a tile of the layout nm_pairs (csrc/cpu/avx2_pairs.h).
 PAIRS_ROWS, PAIRS_CHUNK, PAIRS_TILE = 4, 16, 128
 
-# Rows of a block and values of a step of the layout bitmap_windows (csrc/cpu/windows.h).
-WINDOW_ROWS, WINDOW_SLOTS = 4, 8
+# Rows of a block, values of a step, bytes of the columns of two steps, and columns of a weight at most of the layout
+# bitmap_windows (csrc/cpu/windows.h).
+WINDOW_ROWS, WINDOW_SLOTS, WINDOW_META, WINDOW_COLUMNS = 16, 32, 36, 1 << 16
 
 
 def choose_variant(wanted: str | None = None) -> str:
@@ -232,8 +233,8 @@ def addresses(
             outside the values.
 
     Offsets are not looked at again: they must stay as they are. Positions and bits are not checked, for that would read
-    the whole weight; a wrong one gives wrong results, but no kernel leaves its memory for it. Only the words of
-    ``bitmap_windows`` must be those that were packed.
+    the whole weight; a wrong one gives wrong results, but no kernel leaves its memory for it. Only the meta of
+    ``bitmap_windows`` must be what was packed.
     """
     rows, columns = shape
     chunks, tiles = -(-columns // PAIRS_CHUNK), -(-columns // PAIRS_TILE)
@@ -246,17 +247,16 @@ def addresses(
     elif layout == "nm_pairs":
         expected = [(dtype, blocks * chunks * 32), (torch.int32, blocks * tiles * 16)]
     elif layout == "bitmap_windows":
-        steps = tensors[1].numel() if len(tensors) > 1 else 0
+        pairs = tensors[0].numel() // (2 * WINDOW_SLOTS)
         blocks = -(-rows // WINDOW_ROWS)
-        expected = [(dtype, steps * WINDOW_SLOTS), (torch.int32, steps), (torch.int64, blocks + 1)]
-        expected.append((torch.int64, rows + 1))
+        expected = [(dtype, pairs * 2 * WINDOW_SLOTS), (torch.uint8, pairs * WINDOW_META)]
+        expected += [(torch.int64, blocks + 1), (torch.int64, rows + 1)]
     else:
         expected = [(dtype, tensors[0].numel()), (torch.uint8, rows * -(-columns // 8)), (torch.int64, rows + 1)]
     if len(tensors) != len(expected):
         raise UsageError(f"layout {layout!r} has {len(expected)} tensors, not {len(tensors)}")
     # The order of the values depends on the type they were packed in, and their number of dimensions tells it.
-    dimensions = {"nm_pairs": 5, "bitmap_windows": 3}.get(layout)
-    if dimensions is not None and (dtype == torch.bfloat16) != (tensors[0].dim() == dimensions):
+    if layout == "nm_pairs" and (dtype == torch.bfloat16) != (tensors[0].dim() == 5):
         raise UsageError("the type of a layer's values changed after they were packed: swap the layer again")
     kept, found = [], [0, 0, 0, 0]
     for i, (tensor, (kind, size)) in enumerate(zip(tensors, expected, strict=True)):
@@ -275,9 +275,10 @@ def addresses(
         )
     if layout == "bitmap_windows":
         first, last, each = int(kept[2][0]), int(kept[2][-1]), kept[2].diff()
-        if first != 0 or last != kept[1].numel() or bool((each < 0).any()) or bool((each % 2 != 0).any()):
+        steps = kept[0].numel() // WINDOW_SLOTS
+        if first != 0 or last != steps or bool((each < 0).any()) or bool((each % 2 != 0).any()):
             raise UsageError(
-                f"the blocks' first steps must ascend from 0 to {kept[1].numel()} by even numbers, but they go from "
+                f"the blocks' first steps must ascend from 0 to {steps} by even numbers, but they go from "
                 f"{first} to {last}"
             )
     return found[0], found[1], found[2], kept
@@ -295,11 +296,10 @@ def pack_windows(weight: BitmapWeight) -> list[torch.Tensor]:
         )
     offsets.cumsum_(0)
     steps = int(offsets[-1])
-    shape = (steps // 2, WINDOW_SLOTS, 2) if dtype == torch.bfloat16 else (steps, WINDOW_SLOTS)
-    values = torch.empty(shape, dtype=dtype, device="cpu")
-    words = torch.empty(steps, dtype=torch.int32, device="cpu")
-    _cpu.pack_windows(bound.native, offsets.data_ptr(), values.data_ptr(), words.data_ptr(), threads)
-    return [values, words, offsets, weight.row_offsets.clone()]
+    values = torch.empty((steps, WINDOW_SLOTS), dtype=dtype, device="cpu")
+    meta = torch.empty((steps // 2, WINDOW_META), dtype=torch.uint8, device="cpu")
+    _cpu.pack_windows(bound.native, offsets.data_ptr(), values.data_ptr(), meta.data_ptr(), threads)
+    return [values, meta, offsets, weight.row_offsets.clone()]
 
 
 def unpack_windows(tensors: Sequence[torch.Tensor], shape: tuple[int, int]) -> BitmapWeight:
