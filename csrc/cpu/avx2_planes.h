@@ -71,7 +71,8 @@ struct Planes {
         stride(plane_bytes(cols)) {}
 };
 
-// 32 elements in fp32, in the order that costs least: sum_rows knows which is whose.
+// 32 elements in fp32, in the order that costs least. bf16: even and odd slots of rows 0 to 7, even and odd slots of
+// rows 8 to 15, so that lanes are rows. fp16: slots 8i to 8i + 7. fp32: slots 0 to 3 and 8 to 11, 4 to 7 and 12 to 15, ...
 struct Slots {
   __m256 of[4];
 };
@@ -117,26 +118,35 @@ template <class T>
   }
 }
 
-// Sums of rows out of sums of slots.
+// Sums of slots; of bf16 of rows, for which half the registers do.
 template <class T>
-void sum_rows(const Slots& sums, float (&rows)[kWindowRows]) {
-  if constexpr (std::is_same_v<T, Bf16>) {  // even slots, odd slots
-    _mm256_storeu_ps(rows, _mm256_add_ps(sums.of[0], sums.of[1]));
-    _mm256_storeu_ps(rows + 8, _mm256_add_ps(sums.of[2], sums.of[3]));
-  } else {
-    alignas(32) float slots[kSlots];
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 2) {
-        _mm256_store_ps(slots + 8 * i, sums.of[i]);
-      } else {  // slots 0 to 3 and 8 to 11, 4 to 7 and 12 to 15, ...
-        float* first = slots + i / 2 * 16 + i % 2 * 4;
-        _mm_store_ps(first, _mm256_castps256_ps128(sums.of[i]));
-        _mm_store_ps(first + 8, _mm256_extractf128_ps(sums.of[i], 1));
-      }
-    }
-    for (int64_t i = 0; i < kWindowRows; ++i) rows[i] = slots[2 * i] + slots[2 * i + 1];
+struct SlotSums {
+  static constexpr int kSlotsEach = std::is_same_v<T, Bf16> ? 2 : 1;
+  __m256 of[4 / kSlotsEach];
+
+  void clear() {
+    for (__m256& sum : of) sum = _mm256_setzero_ps();
   }
-}
+
+  [[gnu::always_inline]] void add(const Slots& weights, const Slots& x) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) of[i / kSlotsEach] = _mm256_fmadd_ps(weights.of[i], x.of[i], of[i / kSlotsEach]);
+  }
+
+  void put(float (&rows)[kWindowRows]) const {
+    if constexpr (std::is_same_v<T, Bf16>) {
+      for (int i = 0; i < 2; ++i) _mm256_storeu_ps(rows + 8 * i, of[i]);
+    } else {
+      float slots[kSlots];
+      for (int i = 0; i < 4; ++i) {
+        const int first = sizeof(T) == 2 ? 8 * i : i / 2 * 16 + i % 2 * 4;
+        _mm_storeu_ps(slots + first, _mm256_castps256_ps128(of[i]));
+        _mm_storeu_ps(slots + first + (sizeof(T) == 2 ? 4 : 8), _mm256_extractf128_ps(of[i], 1));
+      }
+      for (int64_t i = 0; i < kWindowRows; ++i) rows[i] = slots[2 * i] + slots[2 * i + 1];
+    }
+  }
+};
 
 }  // namespace
 }  // namespace wandapp

@@ -29,23 +29,17 @@ void windows_blocks(WindowsBlock<T> (&blocks)[B], const void* prepared, int64_t 
   const __m256i low_half = _mm256_set1_epi8(15);
   const Planes<T> planes(prepared, cols, m);
   const int64_t stride = planes.stride, token = static_cast<int64_t>(planes_bytes<T>(cols));
-  Slots acc[B][M];
+  SlotSums<T> acc[B][M];
   int64_t common = blocks[0].pairs;
   for (int b = 0; b < B; ++b) {
-    for (Slots& sums : acc[b]) {
-      for (__m256& sum : sums.of) sum = _mm256_setzero_ps();
-    }
+    for (SlotSums<T>& sums : acc[b]) sums.clear();
     common = at_most(common, blocks[b].pairs);
   }
   const auto step = [&](int b, int i, __m256i columns) {
     const Slots weights = load_slots(blocks[b].values + i * kSlots);
     const uint8_t* x = planes.bytes + window_of(blocks[b].meta, i);
 #pragma GCC unroll 4
-    for (int j = 0; j < M; ++j) {
-      const Slots picked = pick<T>(x + j * token, stride, columns);
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) acc[b][j].of[n] = _mm256_fmadd_ps(weights.of[n], picked.of[n], acc[b][j].of[n]);
-    }
+    for (int j = 0; j < M; ++j) acc[b][j].add(weights, pick<T>(x + j * token, stride, columns));
   };
   const auto pair = [&](int b) {
     for (size_t line = 0; line < kPair * kSlots * sizeof(T); line += 64) {
@@ -68,7 +62,7 @@ void windows_blocks(WindowsBlock<T> (&blocks)[B], const void* prepared, int64_t 
     for (int64_t p = common; p < blocks[b].pairs; ++p) pair(b);
     for (int j = 0; j < M; ++j) {
       float sums[kWindowRows];
-      sum_rows<T>(acc[b][j], sums);
+      acc[b][j].put(sums);
       const int64_t r = blocks[b].row;
       for (int64_t i = 0; i < at_most(rows - r, kWindowRows); ++i) output.put(m + j, r + i, sums[i]);
     }
