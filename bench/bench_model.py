@@ -22,7 +22,7 @@ _PRUNE = ["prune", "smollm2-135m", "--method", "wanda", "--samples", "8", "--seq
 _SMALL = ["--dtype", "float32,bfloat16", "--prompts", "16,64", "--new-tokens", "12"]
 PLANS: dict[str, tuple[str | None, list[str]]] = {
     "smollm2-135m-2of4": ("2:4", ["--compile", *_SMALL]),
-    "smollm2-135m-60pct": ("0.6", _SMALL),
+    "smollm2-135m-60pct": ("0.6", ["--compile", *_SMALL]),
     "llama-1b-2of4": (
         None,
         ["--compile", "--random", "llama-1b", "--dtype", "bfloat16", "--prompts", "16", "--new-tokens", "8"],
