@@ -21,6 +21,7 @@ from wandapp_kernels.backends import cpu
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.errors import UsageError
 from wandapp_kernels.ops.layouts import LAYOUTS
+from wandapp_kernels.runtime.choice import fastest_layout
 from wandapp_kernels.sparsity import BitmapWeight, NMWeight
 
 WINDOWS = LAYOUTS["bitmap_windows"]
@@ -117,6 +118,29 @@ def test_bytes_of_random_masks(kept: float, share: float):
     weight = random_weight(256, 4096, kept, torch.bfloat16, 0)
     size = sum(tensor.nbytes for tensor in WINDOWS.pack(weight))
     assert size / weight.dense_nbytes == pytest.approx(share, rel=0.01)
+
+
+def test_bytes_are_bounded_from_below():
+    """Exactly what it takes where no window ends early; less elsewhere."""
+    weight = BitmapWeight.compress(torch.ones(33, 70, dtype=torch.float16))
+    tensors = WINDOWS.pack(weight)
+    assert WINDOWS.least_nbytes(weight) == tensors[0].nbytes + tensors[1].nbytes
+    for seed in range(3):
+        weight = random_weight(37, 400, 0.3, torch.bfloat16, seed)
+        size = sum(tensor.nbytes for tensor in WINDOWS.pack(weight))
+        assert 0.7 * size < WINDOWS.least_nbytes(weight) < size
+
+
+def test_rows_that_keep_too_different_numbers_stay_canonical():
+    if compiled.variant() != "avx2":
+        pytest.skip("another layout is preferred here")
+    even = random_weight(64, 256, 0.3, torch.bfloat16, 0)
+    mask = torch.zeros(64, 256, dtype=torch.bool)
+    mask[::4] = True
+    uneven = BitmapWeight.compress(torch.randn(64, 256).to(torch.bfloat16), mask)
+    assert sum(tensor.nbytes for tensor in WINDOWS.pack(uneven)) > uneven.dense_nbytes
+    with dispatch.only("cpu"):
+        assert fastest_layout(even) == "bitmap_windows" and fastest_layout(uneven) == "bitmap"
 
 
 def test_what_it_does_not_hold_is_refused():

@@ -59,6 +59,10 @@ class Layout(ABC):
         """None when :meth:`pack` can take ``weight``, else the reason in a sentence."""
         return None
 
+    def least_nbytes(self, weight: CompressedWeight) -> int:
+        """Bytes that :meth:`pack` of ``weight`` takes at least, told quickly; 0 where padding can never be much."""
+        return 0
+
     def require(self, weight: CompressedWeight) -> None:
         """Raises UsageError, with the reason of :meth:`supports`, for a weight that :meth:`pack` cannot take."""
         if (reason := self.supports(weight)) is not None:

@@ -14,6 +14,8 @@ TUNED_TOKENS = (1, 4, 16, 256)
 def fastest_layout(weight: CompressedWeight, *, tune: bool = False) -> str:
     """Name of the layout for ``weight`` on its device, by `dispatch.choose_layout`.
 
+    A layout that cannot hold this weight, or only in more bytes than the dense one, gives way to the canonical one.
+
     Args:
         tune: measure this shape first, unless the cache knows it; then the name may be ``"dense"``.
     """
@@ -27,6 +29,9 @@ def fastest_layout(weight: CompressedWeight, *, tune: bool = False) -> str:
     if tune:
         dispatch.tune(problems)
     chosen = dispatch.choose_layout(problems[0], compressed_only=not tune)
-    if chosen != DENSE and get_layout(chosen).supports(weight) is not None:
-        chosen = CANONICAL[problems[0].operator]
+    if chosen == DENSE:
+        return chosen
+    layout = get_layout(chosen)
+    if layout.supports(weight) is not None or layout.least_nbytes(weight) > weight.dense_nbytes:
+        return CANONICAL[problems[0].operator]
     return chosen

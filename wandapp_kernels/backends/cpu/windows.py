@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 
 from wandapp_kernels.backends.cpu import compiled
 from wandapp_kernels.ops.layouts import CompressedWeight, Layout
@@ -34,6 +35,14 @@ class WindowsLayout(Layout):
         if weight.shape[1] > compiled.WINDOW_COLUMNS:
             return f"it holds at most {compiled.WINDOW_COLUMNS:,} columns"
         return compiled.unheld(weight.values.dtype)
+
+    def least_nbytes(self, weight: CompressedWeight) -> int:
+        """In every step of a block there are places for 16 rows, however few of them still need one."""
+        assert isinstance(weight, BitmapWeight)
+        rows, kept = compiled.WINDOW_ROWS, weight.row_offsets.diff()
+        most = functional.pad(kept, (0, -len(kept) % rows)).view(-1, rows).amax(1)
+        pairs = int(((most + 3) // 4).sum())
+        return pairs * (2 * compiled.WINDOW_SLOTS * weight.values.element_size() + compiled.WINDOW_META)
 
     def pack(self, weight: CompressedWeight) -> list[torch.Tensor]:
         self.require(weight)
