@@ -8,9 +8,12 @@
 namespace wandapp {
 namespace {
 
-// A plane ends in zeros: a window of a short row reads them. Never a multiple of a page: that would put the same
+// With zeros up to a multiple of 16, which a window of a row with fewer columns reads. Whole pages would put the same
 // column of all planes into one set of the cache.
-int64_t plane_bytes(int64_t cols) { return ceil_div(cols, 64) * 64 + 64; }
+int64_t plane_bytes(int64_t cols) {
+  const int64_t bytes = ceil_div(cols, 64) * 64;
+  return bytes % 4096 == 0 ? bytes + 64 : bytes;
+}
 
 template <class T>
 size_t planes_bytes(int64_t cols) {

@@ -15,18 +15,19 @@ static_assert(kQuarterRows == kBlockRows);
 template <class T, int V>
 struct WindowsTokens {
   const T* values;
-  const uint8_t* columns;
-  const uint8_t* windows;
+  const uint8_t* pair;
   const uint8_t* end;
+  int64_t slots, columns;  // of the quarter in a step's values, in a pair's columns
   TokenSums<V> sums;
 
   void start(const Matrix& matrix, int64_t quarter) {
-    const int64_t quarters = kWindowRows / kQuarterRows, slots = quarter % quarters * kQuarterRows * 2;
-    const WindowsBlock<T> block(matrix, quarter / quarters);
-    values = block.values + slots;
-    columns = block.meta + byte_of(slots);
-    windows = block.meta + kColumnBytes;
-    end = windows + block.pairs * kPairBytes;
+    constexpr int64_t kQuarters = kWindowRows / kQuarterRows;
+    const WindowsBlock<T> block(matrix, quarter / kQuarters);
+    values = block.values;
+    pair = block.meta;
+    end = pair + block.pairs * kPairBytes;
+    slots = quarter % kQuarters * kQuarterRows * 2;
+    columns = byte_of(slots);
     sums.clear();
   }
 };
@@ -47,23 +48,23 @@ template <class T, int V>
                                      int64_t limit) {
   constexpr int kShift = V == 1 ? 5 : 6;  // log2 of a column's bytes
   const T *values = block.values, *next_values = next.values;
-  const uint8_t *columns = block.columns, *windows = block.windows;
-  const uint8_t* next_windows = next.windows;
+  const uint8_t *pair = block.pair, *next_pair = next.pair;
+  const int64_t slots = block.slots, columns = block.columns;
   TokenSums<V> sums = block.sums;
-  for (; windows != block.end; windows += kPairBytes, columns += kPairBytes, values += kPair * kSlots) {
+  for (; pair != block.end; pair += kPairBytes, values += kPair * kSlots) {
     uint16_t window[kPair];
-    std::memcpy(window, windows, sizeof(window));
+    std::memcpy(window, pair + kColumnBytes, sizeof(window));
     if (window[0] >= limit) break;
     fetch(next_values);
     fetch(next_values + kSlots);
-    fetch(next_windows);
+    fetch(next_pair);
     next_values += kPair * kSlots;
-    next_windows += kPairBytes;
+    next_pair += kPairBytes;
     uint64_t word;
-    std::memcpy(&word, columns, sizeof(word));
+    std::memcpy(&word, pair + columns, sizeof(word));
 #pragma GCC unroll 2
     for (int i = 0; i < kPair; ++i) {
-      const Halves weights = load_halves(values + i * kSlots);
+      const Halves weights = load_halves(values + slots + i * kSlots);
       const char* from = reinterpret_cast<const char*>(x) + (static_cast<int64_t>(window[i]) << kShift);
       asm("" : "+r"(from));  // added up here: GCC would do it for every value
 #pragma GCC unroll 8
@@ -77,8 +78,7 @@ template <class T, int V>
   }
   block.sums = sums;
   block.values = values;
-  block.columns = columns;
-  block.windows = windows;
+  block.pair = pair;
 }
 
 template <class T>

@@ -128,6 +128,7 @@ bool count_windows(const Bound& from, uintptr_t steps, int threads) {
 
 void pack_windows(const Bound& from, uintptr_t offsets, uintptr_t values, uintptr_t meta, int threads) {
   if (from.format != Format::bitmap) throw py::value_error("only the bitmap format is packed into windows");
+  if (from.matrix.cols > wandapp::kMostColumns) throw py::value_error("windows hold at most 65536 columns");
   py::gil_scoped_release unlocked;
   wandapp::pack_windows(from.type, from.matrix, at<const int64_t>(offsets), at<void>(values), at<uint8_t>(meta),
                         threads);

@@ -22,11 +22,10 @@ namespace {
 constexpr int64_t kWindow = 16;
 constexpr int64_t kWindowRows = 16;
 constexpr int64_t kSlots = 32;
-constexpr int64_t kPair = 2;            // steps that share their meta
-constexpr int64_t kColumnBytes = 32;    // of a pair's meta
+constexpr int64_t kPair = 2;          // steps that share their meta
+constexpr int64_t kColumnBytes = 32;  // of a pair's meta
 constexpr int64_t kPairBytes = kColumnBytes + 2 * kPair;
-constexpr int64_t kMostColumns = 1 << 16;  // of a weight: a window's first column has 16 bits
-constexpr uint32_t kNothing[2] = {1, 0};   // the columns of a row without a weight in the window
+constexpr uint32_t kNothing[2] = {1, 0};  // the columns of a row without a weight in the window
 
 constexpr int64_t byte_of(int64_t slot) {
   const int64_t eight = slot / 8;
@@ -74,7 +73,7 @@ void expand_windows(const Matrix& matrix, int64_t r, Out* row) {
 constexpr int64_t kQuarterRows = 4;  // whose slots lie in 8 bytes side by side
 
 // 4 rows from r on, a multiple of 4. Backwards and without a branch: a zero that is no weight lies in a column that the
-// row does not keep, or where an earlier step's weight is written after it.
+// row does not keep, or where a weight is written after it, of an earlier step or of this one: the second slot goes first.
 template <class T, class Out>
 void expand_windows_quarter(const Matrix& matrix, int64_t r, Out* rows) {
   const T* values = static_cast<const T*>(matrix.values);

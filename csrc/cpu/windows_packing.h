@@ -7,6 +7,8 @@
 
 namespace wandapp {
 
+constexpr int64_t kMostColumns = 1 << 16;  // of a weight in windows: the first column of one has 16 bits
+
 // Steps of every block of 16 rows of `from`, a weight of the bitmap format: steps[ceil(rows / 16)]. False where a row of the
 // bitmap does not have as many bits before column `cols` as `offsets` gives it values: it must not be packed.
 bool count_windows(const Matrix& from, int64_t* steps, int threads);

@@ -106,10 +106,12 @@ def test_meta_and_values_are_as_documented(rows: int, columns: int, density: flo
 
 def test_all_types_have_one_order():
     weight = random_weight(40, 300, 0.5, torch.bfloat16, 1)
-    wide = BitmapWeight(weight.values.float(), weight.bitmap, weight.row_offsets, weight.shape)
-    half, whole = WINDOWS.pack(weight), WINDOWS.pack(wide)
-    assert torch.equal(half[0].float(), whole[0])
-    assert all(torch.equal(a, b) for a, b in zip(half[1:], whole[1:], strict=True))
+    packed = WINDOWS.pack(weight)
+    for dtype in TYPES:
+        cast = BitmapWeight(weight.values.to(dtype), weight.bitmap, weight.row_offsets, weight.shape)
+        expected = [packed[0].to(dtype), *packed[1:]]
+        assert all(torch.equal(a, b) for a, b in zip(WINDOWS.pack(cast), expected, strict=True))
+        assert torch.equal(WINDOWS.decompress(expected, weight.shape, None), cast.decompress())
 
 
 @pytest.mark.parametrize(("kept", "share"), [(0.6, 0.832), (0.5, 0.718), (0.4, 0.603), (0.3, 0.488), (0.1, 0.251)])
@@ -150,6 +152,8 @@ def test_what_it_does_not_hold_is_refused():
     assert "int8" in str(WINDOWS.supports(small))
     wide = random_weight(1, 65537, 0.01, torch.float32, 0)
     assert "65,536 columns" in str(WINDOWS.supports(wide))
+    with pytest.raises(UsageError, match="65,536 columns"):
+        WINDOWS.pack(wide)
     problem = dispatch.problem_for(64, 65537, "unstructured", 1, torch.float32, density=0.5)
     assert "65,536 columns" in str(cpu.WINDOWS.supports(problem))
     with pytest.raises(UsageError, match="int8"):
@@ -205,7 +209,7 @@ def test_every_variant_prefers_what_suits_it(variant: str, tmp_path: Path):
 
 def test_windows_and_bitmap_agree():
     """Both kernels on the same weight, as the dispatcher may exchange them."""
-    for dtype, tokens in itertools.product(TYPES, (1, 3, 9)):
+    for dtype, tokens in itertools.product(TYPES, (1, 3, 9, 17)):
         weight = random_weight(37, 530, 0.4, dtype, tokens)
         x = torch.randn(tokens, 530).to(dtype)
         a, b = (

@@ -85,8 +85,8 @@ bool comes_back(Type type, const Matrix& matrix, const Blob& values, const Blob&
          std::memcmp(bitmap.get(), meta.data.get(), static_cast<size_t>(meta.size)) == 0;
 }
 
-// Whether rows with very different bytes are cut as promised: in order, nothing left out, no piece above half a thread's
-// share of what was left by more than a block of rows and what `shares` rounds.
+// Whether rows with very different bytes are cut as promised: in order, between blocks, nothing left out, no piece above
+// half a thread's share of what was left by more than two blocks of rows and what `shares` rounds.
 bool cuts_evenly(Format format, int threads) {
   constexpr int64_t kRows = 4099, kCols = 64;
   const int64_t block = format == Format::bitmap_windows ? 16 : 1;
@@ -96,17 +96,19 @@ bool cuts_evenly(Format format, int threads) {
   Matrix matrix{nullptr, nullptr, offsets.data(), nullptr, nullptr, kRows, kCols};
   const std::unique_ptr<const int64_t[]> shares = find_shares(format, Type::bf16, matrix);
   matrix.shares = shares.get();
-  const Kernel* kernel = find_kernel(Variant::plain, Format::bitmap, Type::bf16);
+  Kernel kernel = *find_kernel(Variant::plain, Format::bitmap, Type::bf16);
+  kernel.row_multiple = block;
   const int64_t row_bytes = format == Format::bitmap ? kCols / 8 : 0;
   const auto before = [&](int64_t row) {
     return offsets[static_cast<size_t>((row + block - 1) / block)] * bytes_each + row * row_bytes;
   };
   const int64_t total = before(kRows);
   int64_t done = 0;
-  for (const Piece& piece : cut(*kernel, format, Type::bf16, {matrix}, threads)) {
+  for (const Piece& piece : cut(kernel, format, Type::bf16, {matrix}, threads)) {
     const int64_t bytes = before(piece.last) - before(piece.first), left = total - before(piece.first);
-    const int64_t rounded = 2 * total / 256 + (kernel->row_multiple + block) * kCols * bytes_each;
-    if (piece.first != done || piece.last <= piece.first || bytes > left / (2 * threads) + rounded) return false;
+    const int64_t rounded = 2 * total / 256 + 2 * kCols * bytes_each;
+    if (piece.first != done || piece.first % block != 0 || piece.last <= piece.first) return false;
+    if (bytes > left / (2 * threads) + rounded) return false;
     done = piece.last;
   }
   return done == kRows;

@@ -99,6 +99,7 @@ def test_every_variant_matches_float64(driver: Path, tmp_path: Path, dtype: torc
     cases += [make_case("bitmap_windows", dtype, 1, rows, 3000, 0.002) for rows in (1, 16, 19)]
     cases += [make_case("bitmap_windows", dtype, 2, 18, columns) for columns in (1, 15, 16, 17, 31)]
     cases += [make_case("bitmap_windows", dtype, tokens, 100, 130) for tokens in (1, 2, 3, 4, 5, 7, 12, 13)]
+    cases += [make_case("bitmap_windows", dtype, tokens, 3, 65536, 0.0003) for tokens in (1, 13)]
     write_cases(tmp_path / "cases", cases)
     output = run(driver, tmp_path / "cases")
     assert output.endswith(" 0 failures\n")
