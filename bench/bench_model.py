@@ -27,6 +27,10 @@ PLANS: dict[str, tuple[str | None, list[str]]] = {
         None,
         ["--compile", "--random", "llama-1b", "--dtype", "bfloat16", "--prompts", "16", "--new-tokens", "8"],
     ),
+    "llama-1b-2of4-float32": (
+        None,
+        ["--random", "llama-1b", "--dtype", "float32,bfloat16", "--prompts", "16", "--new-tokens", "8"],
+    ),
 }
 
 
